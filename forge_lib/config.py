@@ -1,0 +1,341 @@
+"""The training configuration: one dataclass a concern, turned into flags and YAML keys.
+
+Every flag of the scripts is a field here and every field is a flag; `--model-name` and `--model_name` are the same.
+`--config run.yaml` gives defaults, flags override them.
+"""
+
+import argparse
+import difflib
+import re
+import shutil
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+ConfigT = TypeVar("ConfigT")
+
+
+class UserError(ValueError):
+    """A person's mistake: the message says what was found, what was expected, and which flag or key mends it."""
+
+
+def flag(default: Any, help: str, unit: str = "", **kwargs: Any) -> Any:
+    """Returns a dataclass field with its one line of `--help`; `unit` stands for the value on the command line."""
+    metadata = {"help": help, **({"metavar": unit} if unit else {}), **kwargs}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class ModelNameConfig:
+    """Which model."""
+
+    _argument_group_name = "model"
+
+    model_name: str = flag(MISSING, "Hub id, local folder or .gguf file", "NAME")
+    trust_remote_code: bool = flag(False, "run model code that comes with a Hub model")
+
+
+@dataclass(kw_only=True)
+class WeightsConfig:
+    """How the model's weights begin, and which of them are trained."""
+
+    _argument_group_name = "weights"
+
+    from_scratch: bool = flag(False, "random weights; else the model's own where it has any")
+    dropout: float = flag(0.0, "of all layers; above 0 losses depend on how the batch is divided", "P")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    compile: bool = flag(False, "torch.compile the model")
+    lora_rank: int = flag(0, "train LoRA adapters of this rank instead of all weights; 0: all", "RANK")
+    lora_alpha: float = flag(16.0, "scale of the LoRA adapters", "ALPHA")
+
+
+@dataclass(kw_only=True)
+class ModelConfig(WeightsConfig, ModelNameConfig):
+    """The model as it is trained."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which text, and how it becomes documents."""
+
+    _argument_group_name = "data"
+
+    dataset_path: str = flag(MISSING, "file, folder, glob, Hub data set or token store", "PATH")
+    sample_by: Literal["document", "paragraph", "line"] = flag(
+        "document", "one document of a text file is: document (the file), paragraph or line", "UNIT"
+    )
+    text_column: str = flag("text", "column that holds the text, where the data has columns", "NAME")
+    encoding_errors: Literal["strict", "replace"] = flag(
+        "strict", "bytes that are not UTF-8: strict (an error) or replace", "HOW"
+    )
+    dataset_config: str = flag("", "configuration of a Hub data set", "NAME")
+    dataset_split: str = flag("train", "split of a Hub data set", "NAME")
+
+
+@dataclass(kw_only=True)
+class BlockConfig:
+    """How the token store is cut into sequences."""
+
+    _argument_group_name = "sequences"
+
+    sequence_length: int = flag(512, "tokens per sequence", "TOKENS")
+    mask_documents: bool = flag(False, "keep attention inside a document")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """What is held out, and when it is looked at."""
+
+    _argument_group_name = "evaluation"
+
+    eval_dataset_path: str = flag("", "held-out data of its own, as --dataset-path", "PATH")
+    eval_fraction: float = flag(0.0, "or: hold out this fraction of the documents", "FRACTION")
+    eval_every: int = flag(100, "evaluate every so many steps, and at the end; 0 for never", "STEPS")
+    sample_every: int = flag(0, "generate text every so many steps; 0 for never", "STEPS")
+    sample_prompt: str = flag("", "what the generated text begins with", "TEXT")
+
+
+@dataclass(kw_only=True)
+class BatchConfig:
+    """The batch, which is global, and how the processes divide it."""
+
+    _argument_group_name = "batch"
+
+    epochs: float = flag(1.0, "passes over the data", "EPOCHS")
+    max_steps: int = flag(0, "optimizer steps; overrides --epochs; 0 for --epochs", "STEPS")
+    batch_size: int = flag(32, "GLOBAL batch of a step, over all processes", "SEQUENCES")
+    micro_batch_size: int = flag(8, "sequences of one forward pass on one device", "SEQUENCES")
+    shares: str = flag("", "parts of the batch by process, as in 3:1; empty for equal parts", "A:B:…")
+
+
+@dataclass(kw_only=True)
+class OptimizationConfig:
+    """The optimizer and its schedule."""
+
+    _argument_group_name = "optimization"
+
+    optimizer: Literal["adamw", "muon", "adafactor"] = flag(
+        "adamw", "adamw, muon (adamw beside it) or adafactor", "NAME"
+    )
+    learning_rate: float = flag(3e-4, "peak learning rate", "RATE")
+    lr_scheduler: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = flag("cosine", "cosine, linear, constant, warmup_stable_decay, … of transformers", "NAME")
+    warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", "STEPS")
+    decay_steps: int = flag(0, "of warmup_stable_decay: its final decay; 0 for a fifth of the run", "STEPS")
+    weight_decay: float = flag(0.1, "weight decay of matrices (nothing else decays)", "RATE")
+    max_grad_norm: float = flag(1.0, "clip the gradient at this norm; 0 for no clipping", "NORM")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = flag(
+        "auto", "auto, no, bf16, fp16; auto is bf16 if faster than fp32 everywhere", "TYPE"
+    )
+    seed: int = flag(0, "everything random follows from it", "SEED")
+
+
+@dataclass(kw_only=True)
+class OutputConfig:
+    """What is written, where and how often."""
+
+    _argument_group_name = "output"
+
+    output_dir: str = flag(MISSING, "run folder", "FOLDER")
+    checkpoint_every: int = flag(500, "write a checkpoint every so many steps, and at the end; 0: never", "STEPS")
+    keep_checkpoints: int = flag(2, "how many checkpoints to keep", "COUNT")
+    resume: str = flag("auto", "auto (go on in the run folder), never, or a checkpoint's path", "HOW")
+    log_every: int = flag(10, "log every so many steps; 0 for never", "STEPS")
+    report_to: str = flag("none", "trackers beside metrics.jsonl: tensorboard, trackio, wandb, all", "NAMES")
+
+
+@dataclass(kw_only=True)
+class WorldConfig:
+    """How the processes reach each other."""
+
+    _argument_group_name = "world"
+
+    backend: Literal["auto", "nccl", "gloo"] = flag(
+        "auto", "auto, nccl or gloo; auto is nccl where every process has a GPU", "NAME"
+    )
+    device: Literal["auto", "cpu", "cuda"] = flag(
+        "auto", "auto, cpu or cuda; auto is cuda where there is a GPU", "NAME"
+    )
+
+
+@dataclass(kw_only=True)
+class TrainConfig(
+    WorldConfig,
+    OutputConfig,
+    OptimizationConfig,
+    BatchConfig,
+    EvaluationConfig,
+    BlockConfig,
+    DataConfig,
+    ModelConfig,
+):
+    """Everything that scripts/train.py reads.
+
+    Raises:
+        UserError: naming every field whose value is out of range, at once.
+    """
+
+    def __post_init__(self):
+        at_least = {
+            "sequence_length": 2,
+            "batch_size": 1,
+            "micro_batch_size": 1,
+            "max_steps": 0,
+            "lora_rank": 0,
+            "warmup_steps": 0,
+            "decay_steps": 0,
+            "weight_decay": 0,
+            "max_grad_norm": 0,
+            "dropout": 0,
+            "eval_fraction": 0,
+            "eval_every": 0,
+            "sample_every": 0,
+            "checkpoint_every": 0,
+            "keep_checkpoints": 1,
+            "log_every": 0,
+        }
+        wrong = [
+            f"{flag_name(name)} is {getattr(self, name)}, but must be at least {least}"
+            for name, least in at_least.items()
+            if not getattr(self, name) >= least
+        ]
+        wrong += [
+            f"{flag_name(name)} is {getattr(self, name)}, but must be below 1"
+            for name in ("dropout", "eval_fraction")
+            if getattr(self, name) >= 1
+        ]
+        wrong += [
+            f"{flag_name(name)} is {getattr(self, name)}, but must be above 0"
+            for name in ("learning_rate", "epochs")
+            if not getattr(self, name) > 0
+        ]
+        if self.eval_fraction and self.eval_dataset_path:
+            wrong.append("--eval-fraction and --eval-dataset-path were both given; give one of them")
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            wrong.append("--optimizer muon does not work with --mixed-precision fp16; use bf16 or no")
+        if wrong:
+            raise UserError("\n".join(wrong))
+
+
+def flag_name(field_name: str) -> str:
+    """Returns the flag of a field: `model_name` is `--model-name`."""
+    return "--" + field_name.replace("_", "-")
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """The topology without a YAML: the flags that `p2p-llm-forge` takes beside those of scripts/train.py."""
+
+    _argument_group_name = "topology"
+
+    num_nodes: int = flag(1, "machines", "COUNT")
+    node_rank: int = flag(0, "number of this machine, from 0, the main machine", "RANK")
+    processes_per_node: int = flag(0, "processes on this machine; 0 for one per GPU, or one", "COUNT")
+    master_addr: str = flag("", "address of the main machine; needed where there are several", "ADDRESS")
+    master_port: int = flag(29500, "port on the main machine", "PORT")
+    join_timeout: float = flag(600.0, "how long the main machine waits for the others", "SECONDS")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """One line a flag: its dashed name, the unit of its value, what it means, its default."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=max(119, shutil.get_terminal_size().columns - 2))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = action.option_strings[-1]
+        return name if action.nargs in (0, "?") else f"{name} {action.metavar or action.dest.upper()}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.required:
+            return f"{action.help} [required]"
+        if action.default is False or action.default in (None, "", argparse.SUPPRESS):
+            return action.help or ""
+        return f"{action.help} [%(default)s]"
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that raises UserError instead of leaving the program."""
+
+    def error(self, message: str):
+        raise UserError(re.sub(r"--\w+/(--[\w-]+)", r"\1", message))
+
+
+def parse_config(
+    config_class: type[ConfigT], argv: list[str], description: str = "", prog: str | None = None
+) -> ConfigT:
+    """Reads the flags in `argv`, and the YAML file that `--config` names in it, into a `config_class`.
+
+    Raises:
+        UserError: an unknown flag or key (with the nearest known one), a missing or malformed value.
+    """
+    groups = [base for base in reversed(config_class.__mro__) if "_argument_group_name" in vars(base)]
+    parser = _Parser(
+        groups,
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+        usage="%(prog)s [--config FILE] [flags]",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with defaults for these flags")
+    known = [f.name for base in groups for f in fields(base)]
+
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    first, flags = config_parser.parse_known_args(argv)
+    yaml_flags = _yaml_flags(Path(first.config), known) if first.config else []
+
+    namespace, unknown = parser.parse_known_args(yaml_flags + flags)
+    for word in unknown:
+        name = word.split("=")[0].lstrip("-").replace("-", "_")
+        if word.startswith("--") and name in {f.name for f in fields(LaunchConfig)}:
+            raise UserError(
+                f"{flag_name(name)} is a flag of p2p-llm-forge; here the accelerate YAML gives the topology"
+            )
+        if word.startswith("--"):
+            raise UserError(f"unknown flag {word.split('=')[0]}{_nearest(word, known)}; --help lists all flags")
+    if unknown:
+        raise UserError(f"unexpected argument {unknown[0]!r}: every value needs its flag before it; --help lists them")
+    values = vars(namespace)
+    values.pop("config")
+    return config_class(**values)
+
+
+def _yaml_flags(path: Path, known: list[str]) -> list[str]:
+    """The keys of a YAML file as flags, so that both are read and checked in one way."""
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected lines of `key: value`, found a {type(values).__name__}")
+    flags = []
+    for key, value in values.items():
+        if str(key).replace("-", "_") not in known:
+            raise UserError(f"--config {path}: unknown key {key!r}{_nearest(str(key), known)}")
+        if value is None:
+            continue
+        words = [str(word) for word in value] if isinstance(value, list) else [str(value)]
+        flags += [flag_name(str(key)), *words] if isinstance(value, list) else [f"{flag_name(str(key))}={words[0]}"]
+    return flags
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    name = word.split("=")[0].lstrip("-").replace("-", "_")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {flag_name(near[0])}?" if near else ""

@@ -1,0 +1,266 @@
+"""The p2p-llm-forge command: scripts/train.py by accelerate's own launcher, with the topology on the command line.
+
+Before it starts the launcher, the machines call the roll over the main machine's port: who is missing, whose number is
+taken, which port is in use and which machine cannot be reached are said at once. accelerate itself waits for ten
+minutes in silence.
+"""
+
+import errno
+import json
+import logging
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from transformers import HfArgumentParser
+
+from forge_lib.config import LaunchConfig, TrainConfig, UserError, parse_config
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
+REACH_SECONDS = 20  # how long a machine tries to reach the main machine
+POLL_SECONDS = 0.25
+FAREWELL_SECONDS = 3
+
+
+@dataclass(kw_only=True)
+class ForgeConfig(LaunchConfig, TrainConfig):
+    """All flags of the command, for its --help."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command; exits with 2 on a person's mistake, else with the code of the first process that failed."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if {"-h", "--help"} & set(argv):
+            parse_config(ForgeConfig, argv, __doc__, prog="p2p-llm-forge")
+        topology, train_flags = HfArgumentParser(LaunchConfig, allow_abbrev=False, add_help=False).parse_known_args(
+            argv
+        )
+        parse_config(TrainConfig, train_flags)  # a mistake in the flags is found before any machine waits
+        config = LaunchConfig(**vars(topology))
+        _check(config)
+        store = call_roll(config) if config.num_nodes > 1 else None
+    except UserError as error:
+        print(f"p2p-llm-forge: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    sys.exit(_launch(config, train_flags, store))
+
+
+def _check(config: LaunchConfig) -> None:
+    if config.num_nodes < 1 or not 0 <= config.node_rank < config.num_nodes:
+        raise UserError(
+            f"--node-rank {config.node_rank} of --num-nodes {config.num_nodes}: machines are numbered from 0 to "
+            f"{max(config.num_nodes - 1, 0)}"
+        )
+    if config.processes_per_node < 0:
+        raise UserError(f"--processes-per-node {config.processes_per_node}: expected 1 or more, or 0 for one a GPU")
+    if not 0 < config.master_port < 1 << 16:
+        raise UserError(f"--master-port {config.master_port}: expected a number from 1 to 65535")
+    if config.num_nodes > 1 and not config.master_addr:
+        raise UserError(f"--num-nodes {config.num_nodes} needs --master-addr, the address of the main machine")
+    config.processes_per_node = config.processes_per_node or max(1, torch.cuda.device_count())
+    config.master_addr = config.master_addr or "127.0.0.1"
+    if config.node_rank == 0 and (config.num_nodes > 1 or config.processes_per_node > 1):
+        _check_port(config)
+
+
+def _check_port(config: LaunchConfig) -> None:
+    """The main machine must own the main address, and the port must be free there."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(config.master_addr, config.master_port, type=socket.SOCK_STREAM)[
+            0
+        ]
+    except socket.gaierror:
+        raise UserError(f"--master-addr {config.master_addr}: the name does not resolve") from None
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        mistake = f"--master-port {config.master_port}: {error.strerror} on {socket.gethostname()}"
+        if error.errno == errno.EADDRINUSE:
+            mistake = (
+                f"--master-port {config.master_port} is in use on {socket.gethostname()}, by another run or another "
+                "program; give another port, the same on every machine"
+            )
+        if error.errno == errno.EADDRNOTAVAIL:
+            own = sorted(a.address for nic in psutil.net_if_addrs().values() for a in nic if a.family == family)
+            mistake = (
+                f"this machine ({socket.gethostname()}: {', '.join(own)}) was started as --node-rank 0, but "
+                f"--master-addr {config.master_addr} is not its address; number 0 is the main machine's, each other "
+                "machine needs a number of its own"
+            )
+        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and config.num_nodes > 1:
+            _warn_main_machine(config, mistake)
+        raise UserError(mistake) from None
+
+
+def _warn_main_machine(config: LaunchConfig, mistake: str) -> None:
+    """Tells a main machine that already calls the roll that a second one claims its number."""
+    try:
+        store = _open_store(config, timeout_seconds=3)
+        if store.check(["node/0"]):
+            _tell(store, config.node_rank, f"two machines were started as --node-rank 0: {mistake}")
+    except dist.DistError:
+        pass  # whatever holds the port, it calls no roll
+
+
+def call_roll(config: LaunchConfig) -> dist.Store:
+    """Waits until every machine is there, and returns the store on the main machine's port.
+
+    The launcher in this process goes on to use that same store; keep it until the launcher has ended.
+
+    Raises:
+        UserError: the main machine cannot be reached, a number is taken twice, a machine is missing after
+            `join_timeout`, or another machine has failed.
+    """
+    if config.node_rank:
+        _reach(config)
+    try:
+        store = _open_store(config, timeout_seconds=REACH_SECONDS, is_master=config.node_rank == 0)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{config.master_addr}:{config.master_port} answers, but not as a main machine does; is another program "
+            f"on that --master-port? ({reason})"
+        ) from None
+    me = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "num_nodes": config.num_nodes}
+    mine = json.dumps(me)
+    holder = json.loads(store.compare_set(f"node/{config.node_rank}", "", mine))
+    main_machine = json.loads(store.get("node/0")) if config.node_rank else me
+    mistake = ""
+    if holder["id"] != me["id"]:
+        mistake = f"two machines were started as --node-rank {config.node_rank}: {holder['host']} and {me['host']}"
+    elif main_machine["num_nodes"] != config.num_nodes:
+        mistake = (
+            f"{me['host']} was started with --num-nodes {config.num_nodes}, the main machine "
+            f"{main_machine['host']} with {main_machine['num_nodes']}"
+        )
+    if mistake:
+        _tell(store, config.node_rank, mistake)
+        raise UserError(mistake)
+    start = said = time.monotonic()
+    while missing := [n for n in range(config.num_nodes) if not store.check([f"node/{n}"])]:
+        _hear(store, config)
+        now = time.monotonic()
+        names = f"machine{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {config.num_nodes}"
+        if now - start > config.join_timeout:
+            raise UserError(f"{names} did not come within --join-timeout {config.join_timeout:g} s; start them too")
+        if now - said >= 5:
+            said = now
+            print(
+                f"{me['host']} waits for {names} (--node-rank) at {config.master_addr}:{config.master_port}",
+                flush=True,
+            )
+        time.sleep(POLL_SECONDS)
+    _hear(store, config)
+    return store
+
+
+def _reach(config: LaunchConfig) -> None:
+    """Connects to the main machine once, to tell apart the ways in which that can fail."""
+    until = time.monotonic() + REACH_SECONDS
+    where = f"the main machine {config.master_addr}:{config.master_port}"
+    while True:
+        try:
+            socket.create_connection((config.master_addr, config.master_port), timeout=5).close()
+            return
+        except socket.gaierror:
+            raise UserError(f"--master-addr {config.master_addr}: the name does not resolve on this machine") from None
+        except ConnectionRefusedError:
+            reason = "it is there, but nothing listens on that port: start the main machine (--node-rank 0) first"
+        except TimeoutError:
+            reason = "no answer: it is off, or a firewall drops what is sent to that port"
+        except OSError as error:
+            reason = f"{error.strerror}: check --master-addr and the network"
+        if time.monotonic() > until:
+            raise UserError(f"cannot reach {where} for {REACH_SECONDS} s: {reason}")
+        time.sleep(1)
+
+
+def _open_store(config: LaunchConfig, timeout_seconds: float, is_master: bool = False) -> dist.Store:
+    store = dist.TCPStore(
+        config.master_addr,
+        config.master_port,
+        is_master=is_master,
+        timeout=timedelta(seconds=timeout_seconds),
+        wait_for_workers=False,
+        multi_tenant=True,  # accelerate's launcher opens the same store again, in this process
+    )
+    return dist.PrefixStore("forge-roll", store)
+
+
+def _tell(store: dist.Store, node_rank: int, mistake: str) -> None:
+    """Leaves a mistake for all machines, and gives them a moment to read it."""
+    store.set("error", mistake)
+    time.sleep(FAREWELL_SECONDS)
+
+
+def _hear(store: dist.Store, config: LaunchConfig) -> None:
+    """Raises the mistake that another machine has left."""
+    try:
+        if not store.check(["error"]):
+            return
+        mistake = store.get("error").decode()
+    except dist.DistError:
+        raise UserError(
+            f"the main machine {config.master_addr}:{config.master_port} has stopped; see its message there"
+        ) from None
+    if config.node_rank == 0:
+        time.sleep(FAREWELL_SECONDS)  # the store ends with this process: let the others read it first
+    raise UserError(mistake)
+
+
+def _launch(config: LaunchConfig, train_flags: list[str], store: dist.Store | None) -> int:
+    """Runs accelerate's launcher in this process; returns the exit code."""
+    distributed = config.num_nodes > 1 or config.processes_per_node > 1
+    topology = {
+        "distributed_type": "MULTI_GPU" if distributed else "NO",
+        "use_cpu": not torch.cuda.is_available(),
+        "num_machines": config.num_nodes,
+        "machine_rank": config.node_rank,
+        "num_processes": config.processes_per_node * config.num_nodes,  # accelerate divides it by num_machines
+        "main_process_ip": config.master_addr,
+        "main_process_port": config.master_port,
+        "mixed_precision": "no",
+    }
+    # Its own account of a failed process is a page long; the process has said what it had to say.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(topology, file)
+        file.flush()
+        args = launch_command_parser().parse_args(
+            ["--config_file", file.name, "--rdzv_conf", "timeout=60", str(SCRIPT), *train_flags]
+        )
+        try:
+            launch_command(args)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            return _failed(rank, failure.exitcode)
+        except subprocess.CalledProcessError as error:
+            return _failed(0, error.returncode)
+        finally:
+            del store
+    return 0
+
+
+def _failed(rank: int, code: int) -> int:
+    if code != 2:  # of 2 it has told the reason itself
+        print(f"p2p-llm-forge: process {rank} ended with exit code {code}", file=sys.stderr, flush=True)
+    return code if code > 0 else 128 - code
+
+
+if __name__ == "__main__":
+    main()
