@@ -51,11 +51,12 @@ def main(argv: list[str] | None = None) -> None:
         parse_config(TrainConfig, train_flags)  # a mistake in the flags is found before any machine waits
         config = LaunchConfig(**vars(topology))
         _check(config)
-        store = call_roll(config) if config.num_nodes > 1 else None
+        if config.num_nodes > 1:
+            call_roll(config)
     except UserError as error:
         print(f"p2p-llm-forge: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    sys.exit(_launch(config, train_flags, store))
+    sys.exit(_launch(config, train_flags))
 
 
 def _check(config: LaunchConfig) -> None:
@@ -117,17 +118,14 @@ def _warn_main_machine(config: LaunchConfig, mistake: str) -> None:
         pass  # whatever holds the port, it calls no roll
 
 
-def call_roll(config: LaunchConfig) -> dist.Store:
-    """Waits until every machine is there, and returns the store on the main machine's port.
-
-    The launcher in this process goes on to use that same store; keep it until the launcher has ended.
+def call_roll(config: LaunchConfig) -> None:
+    """Waits until every machine is there, and leaves the main machine's port to accelerate's launcher.
 
     Raises:
         UserError: the main machine cannot be reached, a number is taken twice, a machine is missing after
             `join_timeout`, or another machine has failed.
     """
-    if config.node_rank:
-        _reach(config)
+    link = _reach(config) if config.node_rank else None
     try:
         store = _open_store(config, timeout_seconds=REACH_SECONDS, is_master=config.node_rank == 0)
     except dist.DistError as error:
@@ -166,17 +164,22 @@ def call_roll(config: LaunchConfig) -> dist.Store:
             )
         time.sleep(POLL_SECONDS)
     _hear(store, config)
-    return store
+    store.set(f"ready/{config.node_rank}", "")
+    if link:
+        link.settimeout(REACH_SECONDS)
+        link.recv(1)  # ends when the main machine has closed its store
+        link.close()
+    else:
+        store.wait([f"ready/{n}" for n in range(config.num_nodes)], timedelta(seconds=REACH_SECONDS))
 
 
-def _reach(config: LaunchConfig) -> None:
-    """Connects to the main machine once, to tell apart the ways in which that can fail."""
+def _reach(config: LaunchConfig) -> socket.socket:
+    """Returns a connection to the main machine, telling apart the ways in which that can fail."""
     until = time.monotonic() + REACH_SECONDS
     where = f"the main machine {config.master_addr}:{config.master_port}"
     while True:
         try:
-            socket.create_connection((config.master_addr, config.master_port), timeout=5).close()
-            return
+            return socket.create_connection((config.master_addr, config.master_port), timeout=5)
         except socket.gaierror:
             raise UserError(f"--master-addr {config.master_addr}: the name does not resolve on this machine") from None
         except ConnectionRefusedError:
@@ -197,7 +200,6 @@ def _open_store(config: LaunchConfig, timeout_seconds: float, is_master: bool = 
         is_master=is_master,
         timeout=timedelta(seconds=timeout_seconds),
         wait_for_workers=False,
-        multi_tenant=True,  # accelerate's launcher opens the same store again, in this process
     )
     return dist.PrefixStore("forge-roll", store)
 
@@ -223,7 +225,7 @@ def _hear(store: dist.Store, config: LaunchConfig) -> None:
     raise UserError(mistake)
 
 
-def _launch(config: LaunchConfig, train_flags: list[str], store: dist.Store | None) -> int:
+def _launch(config: LaunchConfig, train_flags: list[str]) -> int:
     """Runs accelerate's launcher in this process; returns the exit code."""
     distributed = config.num_nodes > 1 or config.processes_per_node > 1
     topology = {
@@ -238,6 +240,7 @@ def _launch(config: LaunchConfig, train_flags: list[str], store: dist.Store | No
     }
     # Its own account of a failed process is a page long; the process has said what it had to say.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(topology, file)
         file.flush()
@@ -251,8 +254,6 @@ def _launch(config: LaunchConfig, train_flags: list[str], store: dist.Store | No
             return _failed(rank, failure.exitcode)
         except subprocess.CalledProcessError as error:
             return _failed(0, error.returncode)
-        finally:
-            del store
     return 0
 
 

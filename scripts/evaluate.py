@@ -82,6 +82,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             for metric in written_metrics:
                 results |= metric.compute(predictions=predictions, references=references)
         print(json.dumps(results, indent=2, default=float))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
 

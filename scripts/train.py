@@ -226,6 +226,9 @@ def main(config: TrainConfig) -> Path:
         card = {"steps": plan.num_steps, **results, "configuration": dataclasses.asdict(config)}
         models.save_final(accelerator.unwrap_model(model), tokenizer, final, card)
     logger.info(f"done: the model lies in {final}, the metrics in {output_dir / 'metrics.jsonl'}")
+    # The barrier also lets gloo's threads drop their last tensors, for which they need the interpreter's lock: torch
+    # 2.13 deadlocks where DDP's reducer is destroyed, lock in hand, right behind a collective.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return final
 
