@@ -64,6 +64,9 @@ class World:
         Raises:
             UserError: the launcher has named a main machine, but has started a process without a rank.
         """
+        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")):
+                raise UserError(f"the YAML asks for {name}, but this program trains data-parallel alone: take it out")
         ranks = get_cpu_distributed_information()
         if ranks.world_size == 1:
             if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
@@ -401,12 +404,14 @@ def agree(peers: list[dict], config: WorldConfig) -> Agreement:
 
     precision = main["config"].get("mixed_precision", "no")
     launcher = main["launcher_mixed_precision"]
-    if precision == "auto" and launcher in ("bf16", "fp16"):
+    if precision == "auto" and launcher not in ("no", ""):
         precision = launcher
     elif precision == "auto":
         precision = "bf16" if all("bf16" in peer["flops"] for peer in peers) else "no"
     elif launcher not in ("no", precision):
         warnings.append(f"--mixed-precision {precision} overrides mixed_precision: {launcher} of the YAML")
+    if precision not in ("no", "bf16", "fp16"):
+        raise UserError(f"mixed_precision: {precision} of the YAML is not supported; use no, bf16 or fp16")
     if precision == "fp16" and not all_gpu:
         raise UserError("mixed precision fp16 needs a GPU for every process; use --mixed-precision bf16 or no")
     return Agreement(peers=peers, backend=backend, mixed_precision=precision, warnings=warnings)

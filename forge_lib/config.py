@@ -229,6 +229,13 @@ class TrainConfig(
             raise UserError("\n".join(wrong))
 
 
+def to_flags(config: Any, config_class: type) -> list[str]:
+    """Returns the flags that make a `config_class` out of the fields that `config` shares with it."""
+    values = {f.name: getattr(config, f.name) for f in fields(config_class)}
+    defaults = {f.name: f.default for f in fields(config_class)}
+    return [f"{flag_name(name)}={value}" for name, value in values.items() if value != defaults[name]]
+
+
 def flag_name(field_name: str) -> str:
     """Returns the flag of a field: `model_name` is `--model-name`."""
     return "--" + field_name.replace("_", "-")
@@ -261,7 +268,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.required:
             return f"{action.help} [required]"
-        if action.default is False or action.default in (None, "", argparse.SUPPRESS):
+        if action.default is False or action.default in (None, "", [], argparse.SUPPRESS):
             return action.help or ""
         return f"{action.help} [%(default)s]"
 
@@ -295,10 +302,10 @@ def parse_config(
 
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
-    first, flags = config_parser.parse_known_args(argv)
-    yaml_flags = _yaml_flags(Path(first.config), known) if first.config else []
+    found, flags = config_parser.parse_known_args(argv)
+    defaults = _yaml_flags(Path(found.config), known) if found.config else []
 
-    namespace, unknown = parser.parse_known_args(yaml_flags + flags)
+    namespace, unknown = parser.parse_known_args(defaults + flags)
     for word in unknown:
         name = word.split("=")[0].lstrip("-").replace("-", "_")
         if word.startswith("--") and name in {f.name for f in fields(LaunchConfig)}:

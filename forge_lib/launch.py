@@ -24,9 +24,8 @@ import torch.distributed as dist
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from transformers import HfArgumentParser
 
-from forge_lib.config import LaunchConfig, TrainConfig, UserError, parse_config
+from forge_lib.config import LaunchConfig, TrainConfig, UserError, parse_config, to_flags
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 REACH_SECONDS = 20  # how long a machine tries to reach the main machine
@@ -36,27 +35,21 @@ FAREWELL_SECONDS = 3
 
 @dataclass(kw_only=True)
 class ForgeConfig(LaunchConfig, TrainConfig):
-    """All flags of the command, for its --help."""
+    """All flags of the command: train.py's, and the topology."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with 2 on a person's mistake, else with the code of the first process that failed."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if {"-h", "--help"} & set(argv):
-            parse_config(ForgeConfig, argv, __doc__, prog="p2p-llm-forge")
-        topology, train_flags = HfArgumentParser(LaunchConfig, allow_abbrev=False, add_help=False).parse_known_args(
-            argv
-        )
-        parse_config(TrainConfig, train_flags)  # a mistake in the flags is found before any machine waits
-        config = LaunchConfig(**vars(topology))
+        config = parse_config(ForgeConfig, argv, __doc__, prog="p2p-llm-forge")
         _check(config)
         if config.num_nodes > 1:
             call_roll(config)
     except UserError as error:
         print(f"p2p-llm-forge: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    sys.exit(_launch(config, train_flags))
+    sys.exit(_launch(config))
 
 
 def _check(config: LaunchConfig) -> None:
@@ -130,6 +123,8 @@ def call_roll(config: LaunchConfig) -> None:
         store = _open_store(config, timeout_seconds=REACH_SECONDS, is_master=config.node_rank == 0)
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
+        if config.node_rank == 0:
+            raise UserError(f"cannot listen on {config.master_addr}:{config.master_port}: {reason}") from None
         raise UserError(
             f"{config.master_addr}:{config.master_port} answers, but not as a main machine does; is another program "
             f"on that --master-port? ({reason})"
@@ -225,7 +220,7 @@ def _hear(store: dist.Store, config: LaunchConfig) -> None:
     raise UserError(mistake)
 
 
-def _launch(config: LaunchConfig, train_flags: list[str]) -> int:
+def _launch(config: ForgeConfig) -> int:
     """Runs accelerate's launcher in this process; returns the exit code."""
     distributed = config.num_nodes > 1 or config.processes_per_node > 1
     topology = {
@@ -245,7 +240,7 @@ def _launch(config: LaunchConfig, train_flags: list[str]) -> int:
         yaml.safe_dump(topology, file)
         file.flush()
         args = launch_command_parser().parse_args(
-            ["--config_file", file.name, "--rdzv_conf", "timeout=60", str(SCRIPT), *train_flags]
+            ["--config_file", file.name, "--rdzv_conf", "timeout=60", str(SCRIPT), *to_flags(config, TrainConfig)]
         )
         try:
             launch_command(args)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -78,6 +79,20 @@ class NextTokenAccuracy(_TokenMetric):
 
     def _compute(self, num_correct: list[int], num_targets: list[int]) -> dict[str, float]:
         return {"next_token_accuracy": float(np.sum(num_correct) / np.sum(num_targets))}
+
+
+def check_trackers(report_to: str) -> list[str]:
+    """Returns the names in `--report-to`; UserError where one is unknown or its package is not installed."""
+    if report_to == "none":
+        return []
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in report_to.split(","):
+        if name not in ("all", *available):
+            raise UserError(
+                f"--report-to {name}: no such tracker, or its package is not installed; installed are "
+                f"{', '.join(available) or 'none'} (pip install 'p2p-llm-forge[dashboard]' gives tensorboard and trackio)"
+            )
+    return report_to.split(",")
 
 
 def load_metrics(names: list[str]) -> list[evaluate.Metric]:

@@ -61,7 +61,7 @@ def _load(loader: Callable, config: ModelNameConfig, **options):
     source = _source(config)
     try:
         return loader(**source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, UserError):
             raise
         offline = "; the Hub cannot be reached from here" if source.get("local_files_only") else ""
@@ -147,7 +147,10 @@ def load_model(config: ModelConfig, vocab_size: int, sequence_length: int) -> Pr
 
 
 def _add_lora(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
-    from peft import LoraConfig, get_peft_model  # an extra: `pip install p2p-llm-forge[peft]`
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError("--lora-rank needs the package peft: pip install 'p2p-llm-forge[peft]'") from None
 
     model.enable_input_require_grads()  # frozen embeddings would cut the graph under gradient checkpointing
     return get_peft_model(

@@ -1,4 +1,4 @@
-"""Measures a trained model on a text: loss, perplexity, bits per byte, next-token accuracy.
+r"""Measures a trained model on a text: loss, perplexity, bits per byte, next-token accuracy.
 
     python scripts/evaluate.py --model-name runs/a/final --dataset-path heldout.txt
 
@@ -33,7 +33,7 @@ class MeasureConfig:
 
     eval_fraction: float = flag(0.0, "only what train.py held out with this flag; 0 for all", "FRACTION")
     seed: int = flag(0, "train.py's, which decides what was held out", "SEED")
-    batch_size: int = flag(8, "sequences of one forward pass on one device", "SEQUENCES")
+    micro_batch_size: int = flag(8, "sequences of one forward pass on one device", "SEQUENCES")
     metrics: list[str] = field(
         default_factory=list, metadata={"help": "metrics of the evaluate package, of written text", "metavar": "NAME"}
     )
@@ -45,10 +45,10 @@ class EvaluateConfig(MeasureConfig, WorldConfig, BlockConfig, DataConfig, ModelN
     """Everything that this script reads."""
 
     def __post_init__(self):
-        if not 0 <= self.eval_fraction < 1 or self.batch_size < 1 or self.sequence_length < 2:
+        if not 0 <= self.eval_fraction < 1 or self.micro_batch_size < 1 or self.sequence_length < 2:
             raise UserError(
-                "expected --eval-fraction from 0 to below 1, --batch-size from 1, --sequence-length from 2; "
-                f"found {self.eval_fraction}, {self.batch_size}, {self.sequence_length}"
+                "expected --eval-fraction from 0 to below 1, --micro-batch-size from 1, --sequence-length from 2; "
+                f"found {self.eval_fraction}, {self.micro_batch_size}, {self.sequence_length}"
             )
 
 
@@ -75,7 +75,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     cluster.check_world(world, accelerator.num_processes)
     model.to(accelerator.device)
     tokens_per_byte = store.manifest["num_tokens"] / store.manifest["num_text_bytes"]
-    results = metrics.evaluate_model(accelerator, model, dataset, config.batch_size, tokens_per_byte)
+    results = metrics.evaluate_model(accelerator, model, dataset, config.micro_batch_size, tokens_per_byte)
     if accelerator.is_main_process:
         if written_metrics:
             predictions, references = write_on(config, model, tokenizer, stream)

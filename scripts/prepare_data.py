@@ -1,4 +1,4 @@
-"""Tokenizes a corpus once, into a token store that scripts/train.py reads by memory map.
+r"""Tokenizes a corpus once, into a token store that scripts/train.py reads by memory map.
 
     python scripts/prepare_data.py --model-name data/tiny_gpt2 --dataset-path data/sample_corpus.txt \
         --output-dir runs/store --sample-by paragraph

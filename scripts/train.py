@@ -1,4 +1,4 @@
-"""Trains a causal language model, data-parallel, on one machine or on many.
+r"""Trains a causal language model, data-parallel, on one machine or on many.
 
 One process:
 
@@ -51,6 +51,7 @@ def main(config: TrainConfig) -> Path:
     with cluster.Lobby(world) as lobby:
         device = cluster.choose_device(config.device, world)
         shares = batches.divide_batch(config.batch_size, config.shares, world.num_processes)
+        trackers = metrics.check_trackers(config.report_to)
         tokenizer = models.load_tokenizer(config)
         torch.manual_seed(config.seed)
         model = models.load_model(config, len(tokenizer), config.sequence_length)
@@ -61,8 +62,9 @@ def main(config: TrainConfig) -> Path:
             eval_store = corpus.prepare_store(eval_config, tokenizer, progress=lobby.say)
         dataset, eval_dataset = make_datasets(config, store, eval_store)
         plan = batches.BatchPlan.of_run(len(dataset), config.batch_size, config.max_steps, config.epochs, config.seed)
-        run = describe_run(config, model, store)
         random_weights = config.from_scratch or not models.has_weights(config.model_name)
+        weights = models.hash_weights(model)
+        run = describe_run(config, model, store) | {"initial_weights": "random" if random_weights else weights}
         resume_from, passed_over = None, []
         if world.process_index == 0:
             make_folder(output_dir)
@@ -76,7 +78,7 @@ def main(config: TrainConfig) -> Path:
             "--eval-dataset-path": eval_store.fingerprint,
             "tokenizer": corpus.tokenizer_fingerprint(tokenizer),
         }
-        facts |= {"weights": run["initial_weights"], "random_weights": random_weights}
+        facts |= {"weights": weights, "random_weights": random_weights}
         agreement = cluster.agree(lobby.exchange(facts), config)
 
     # The process group.
@@ -87,7 +89,7 @@ def main(config: TrainConfig) -> Path:
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=agreement.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to.split(","),
+        log_with=trackers,
         project_dir=output_dir,
         kwargs_handlers=handlers,
     )
@@ -109,7 +111,7 @@ def main(config: TrainConfig) -> Path:
     log = metrics.MetricsLog(output_dir, accelerator.is_main_process)
     if accelerator.is_main_process:
         write_run(output_dir, config, agreement, plan, shares, run)
-    if config.report_to != "none":
+    if trackers:
         accelerator.init_trackers("p2p-llm-forge", config=dataclasses.asdict(config))
     if state:
         logger.info(f"resuming after step {first_step} of {plan.num_steps}")
@@ -131,8 +133,8 @@ def main(config: TrainConfig) -> Path:
         accelerator.log(row, step=step)
         logger.info(f"step {step}: " + "  ".join(f"{name} {value:,.4g}" for name, value in row.items()))
 
-    if eval_dataset and config.eval_every and not state:
-        evaluate(0)
+    if eval_dataset and config.eval_every and first_step in (0, plan.num_steps):
+        evaluate(first_step)
 
     bar = tqdm(total=plan.num_steps, initial=first_step, unit="step", disable=not_a_terminal(accelerator))
     with bar, logging_redirect_tqdm():
@@ -226,9 +228,11 @@ def main(config: TrainConfig) -> Path:
         card = {"steps": plan.num_steps, **results, "configuration": dataclasses.asdict(config)}
         models.save_final(accelerator.unwrap_model(model), tokenizer, final, card)
     logger.info(f"done: the model lies in {final}, the metrics in {output_dir / 'metrics.jsonl'}")
-    # The barrier also lets gloo's threads drop their last tensors, for which they need the interpreter's lock: torch
-    # 2.13 deadlocks where DDP's reducer is destroyed, lock in hand, right behind a collective.
     accelerator.wait_for_everyone()
+    # DDP goes before its process group: as the group's last owner it would destroy it with Python's lock in hand, while
+    # gloo's threads need that lock to drop their last tensors (a deadlock in torch 2.13).
+    del model
+    accelerator.free_memory()
     accelerator.end_training()
     return final
 
@@ -264,7 +268,6 @@ def describe_run(config: TrainConfig, model: torch.nn.Module, store: corpus.Toke
     return {
         "data": store.fingerprint,
         "model": f"{model.config.model_type} of {sum(p.numel() for p in model.parameters()):,} parameters",
-        "initial_weights": models.hash_weights(model),
         **{name: getattr(config, name) for name in same},
     }
 
