@@ -16,6 +16,7 @@ import io
 import json
 import re
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ from forge_lib.config import DataConfig, UserError
 FORMAT_VERSION = 1
 KINDS = {"txt": "text", "md": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 COMPRESSIONS = ("gz", "zst")
-READ_BYTES = 1 << 20
-BATCH_CHARACTERS = 4 << 20
+READ_BYTES = 1 << 18
+BATCH_CHARACTERS = 1 << 20  # a token under way takes about 100 bytes of memory
 
 Progress = Callable[[str], None]
 
@@ -406,6 +407,13 @@ def _split(blocks: Iterator[str], sample_by: str) -> Iterator[tuple[str, bool]]:
 def _records(path: Path | None, kind: str, config: DataConfig) -> Iterator[tuple[str, bool]]:
     """Yields the text column of a file with columns, or of a Hub data set, through `datasets`."""
     where = str(path or config.dataset_path)
+    if kind == "parquet" and path.suffix.lower()[1:] in COMPRESSIONS:  # needs random access, which these have not
+        with tempfile.NamedTemporaryFile(suffix=".parquet") as plain:
+            with fsspec.open(where, "rb", compression="infer") as file:
+                shutil.copyfileobj(file, plain)
+            plain.flush()
+            yield from _records(Path(plain.name), kind, config)
+        return
     try:
         if path:
             options = {} if kind == "parquet" else {"encoding_errors": config.encoding_errors}

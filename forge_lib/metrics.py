@@ -90,7 +90,7 @@ def check_trackers(report_to: str) -> list[str]:
         if name not in ("all", *available):
             raise UserError(
                 f"--report-to {name}: no such tracker, or its package is not installed; installed are "
-                f"{', '.join(available) or 'none'} (pip install 'p2p-llm-forge[dashboard]' gives tensorboard and trackio)"
+                f"{', '.join(available) or 'none'} (pip install 'p2p-llm-forge[dashboard]' gives two)"
             )
     return report_to.split(",")
 

@@ -57,7 +57,7 @@ def _hub_answers() -> bool:
     return True
 
 
-def _load(loader: Callable, config: ModelNameConfig, **options):
+def _load(loader: Callable, config: ModelNameConfig, /, **options):
     source = _source(config)
     try:
         return loader(**source, **options)

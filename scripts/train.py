@@ -124,17 +124,8 @@ def main(config: TrainConfig) -> Path:
     results = {}
     seconds_since, tokens_since = 0.0, 0
 
-    def evaluate(step: int) -> None:
-        results.update(
-            metrics.evaluate_model(accelerator, model, eval_dataset, config.micro_batch_size, tokens_per_byte)
-        )
-        row = {"eval_loss": results["loss"]} | {k: v for k, v in results.items() if k != "loss"}
-        log.write(step=step, **row)
-        accelerator.log(row, step=step)
-        logger.info(f"step {step}: " + "  ".join(f"{name} {value:,.4g}" for name, value in row.items()))
-
     if eval_dataset and config.eval_every and first_step in (0, plan.num_steps):
-        evaluate(first_step)
+        results = evaluate(accelerator, model, eval_dataset, config, tokens_per_byte, log, first_step)
 
     bar = tqdm(total=plan.num_steps, initial=first_step, unit="step", disable=not_a_terminal(accelerator))
     with bar, logging_redirect_tqdm():
@@ -205,7 +196,7 @@ def main(config: TrainConfig) -> Path:
                     f"lr {row['learning_rate']:.2e}  {tokens_per_second:,.0f} tokens/s"
                 )
             if eval_dataset and is_due(config.eval_every, step_done, plan.num_steps):
-                evaluate(step_done)
+                results = evaluate(accelerator, model, eval_dataset, config, tokens_per_byte, log, step_done)
             if accelerator.is_main_process and is_due(config.sample_every, step_done, plan.num_steps):
                 text = models.generate_text(
                     accelerator.unwrap_model(model), tokenizer, config.sample_prompt, config.seed
@@ -229,12 +220,33 @@ def main(config: TrainConfig) -> Path:
         models.save_final(accelerator.unwrap_model(model), tokenizer, final, card)
     logger.info(f"done: the model lies in {final}, the metrics in {output_dir / 'metrics.jsonl'}")
     accelerator.wait_for_everyone()
-    # DDP goes before its process group: as the group's last owner it would destroy it with Python's lock in hand, while
+    # DDP goes before its process group: as its last owner it would destroy it with Python's lock in hand, while
     # gloo's threads need that lock to drop their last tensors (a deadlock in torch 2.13).
     del model
     accelerator.free_memory()
     accelerator.end_training()
     return final
+
+
+def evaluate(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    dataset: batches.BlockDataset,
+    config: TrainConfig,
+    tokens_per_byte: float,
+    log: metrics.MetricsLog,
+    step: int,
+) -> dict[str, float]:
+    """Measures the model on the held-out blocks, logs and returns what it found. Call on all processes."""
+    results = metrics.evaluate_model(accelerator, model, dataset, config.micro_batch_size, tokens_per_byte)
+    results["eval_loss"] = results.pop("loss")
+    log.write(step=step, **results)
+    accelerator.log(results, step=step)
+    logger.info(
+        f"step {step}: held-out loss {results['eval_loss']:.4f}  perplexity {results['perplexity']:,.2f}  "
+        f"{results['bits_per_byte']:.3f} bits/byte  accuracy {results['next_token_accuracy']:.1%}"
+    )
+    return results
 
 
 def make_folder(output_dir: Path) -> None:

@@ -147,7 +147,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, home) -> Path:
-    """A run of 50 steps from scratch, in one process: its folder. It stands for a pretrained model, and for a reference."""
+    """The folder of a run of 50 steps in one process: a reference, and a pretrained model to start from."""
     folder = tmp_path_factory.mktemp("trained")
     words = [sys.executable, "scripts/train.py", *SHORT, *QUIET, "--output-dir", folder / "run"]
     ended = Running(words, folder / "log").finish()

@@ -1,5 +1,7 @@
 """Which samples each step takes."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -63,7 +65,7 @@ def test_the_shares_of_all_processes_are_the_global_batch_from_any_step_on(share
     samplers = [list(ShareSampler(plan, shares, rank, first_step)) for rank in range(len(shares))]
     assert all(len(each) == 12 - first_step for each in samplers)
     for number, step in enumerate(range(first_step, 12)):
-        assert sum((each[number] for each in samplers), []) == plan.batch(step).tolist()
+        assert list(chain.from_iterable(each[number] for each in samplers)) == plan.batch(step).tolist()
 
 
 def test_a_process_whose_share_of_the_last_batch_is_empty_still_takes_part():
