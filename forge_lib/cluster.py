@@ -23,10 +23,12 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate.utils import get_cpu_distributed_information, str_to_bool
+from transformers.utils.logging import disable_progress_bar
 
 from forge_lib.config import UserError, WorldConfig, flag_name
 
 POLL_SECONDS = 0.25
+WAIT_LINE_SECONDS = 10
 SILENCE_SECONDS = 60  # a peer in the lobby that says nothing for so long is lost
 FAREWELL_SECONDS = 5  # how long a failing process waits until its peers have heard why
 LOCAL_FIELDS = {"dataset_path", "eval_dataset_path", "output_dir", "model_name", "micro_batch_size"}  # may differ
@@ -216,7 +218,7 @@ class Lobby:
     def exchange(self, facts: dict) -> list[dict]:
         """Hands `facts` (of JSON types) to all processes, waits for theirs, and returns them by rank.
 
-        Call on all processes. Every 10 seconds, one process of a machine says on stderr for whom it waits.
+        Call on all processes. Now and then, one process of each machine says on stderr for whom it waits.
 
         Raises:
             UserError: another process has failed, with its message; or has not been heard from for a minute.
@@ -252,7 +254,7 @@ class Lobby:
                         f"process {rank} on {state['host']} has not been heard from for {SILENCE_SECONDS} s (it was "
                         f"{state['state']}): it has died, or its link is cut; start the run again on all machines"
                     )
-            if missing and now - said >= 10 and world.local_process_index == 0:
+            if missing and now - said >= WAIT_LINE_SECONDS and world.local_process_index == 0:
                 said = now
                 for rank, state in sorted(states.items()):
                     doing = f"on {state['host']}: {state['state']}" if state else "which has not started yet"
@@ -302,6 +304,8 @@ def _open_store(world: World) -> dist.Store:
 @contextmanager
 def one_message(program: str) -> Iterator[None]:
     """Turns a person's mistake inside it into one message and exit code 2, here and on peers in the lobby."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
         yield
     except UserError as error:

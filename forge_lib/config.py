@@ -305,15 +305,14 @@ def parse_config(
     found, flags = config_parser.parse_known_args(argv)
     defaults = _yaml_flags(Path(found.config), known) if found.config else []
 
+    for word in flags:
+        name = word.split("=")[0]
+        if not name.startswith("--") or name in parser._option_string_actions:
+            continue
+        if name.lstrip("-").replace("-", "_") in {f.name for f in fields(LaunchConfig)}:
+            raise UserError(f"{name} is a flag of p2p-llm-forge; here the accelerate YAML gives the topology")
+        raise UserError(f"unknown flag {name}{_nearest(name, known)}; --help lists all flags")
     namespace, unknown = parser.parse_known_args(defaults + flags)
-    for word in unknown:
-        name = word.split("=")[0].lstrip("-").replace("-", "_")
-        if word.startswith("--") and name in {f.name for f in fields(LaunchConfig)}:
-            raise UserError(
-                f"{flag_name(name)} is a flag of p2p-llm-forge; here the accelerate YAML gives the topology"
-            )
-        if word.startswith("--"):
-            raise UserError(f"unknown flag {word.split('=')[0]}{_nearest(word, known)}; --help lists all flags")
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]!r}: every value needs its flag before it; --help lists them")
     values = vars(namespace)
@@ -343,6 +342,6 @@ def _yaml_flags(path: Path, known: list[str]) -> list[str]:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    name = word.split("=")[0].lstrip("-").replace("-", "_")
+    name = word.lstrip("-").replace("-", "_")
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {flag_name(near[0])}?" if near else ""

@@ -30,7 +30,6 @@ from accelerate.utils import gather, gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers.utils.logging import disable_progress_bar
 
 from forge_lib import batches, checkpoint, cluster, corpus, metrics
 from forge_lib import model as models
@@ -42,8 +41,6 @@ logger = logging.getLogger("forge")
 def main(config: TrainConfig) -> Path:
     """Trains as `config` says and returns the folder of the final model. Call on all processes."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if not sys.stderr.isatty():
-        disable_progress_bar()
     output_dir = Path(config.output_dir)
 
     # The lobby: all that a person can get wrong is found here, on any machine, before a process group exists.
@@ -89,7 +86,7 @@ def main(config: TrainConfig) -> Path:
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=agreement.mixed_precision,
-        log_with=trackers,
+        log_with=trackers or None,
         project_dir=output_dir,
         kwargs_handlers=handlers,
     )

@@ -1,9 +1,9 @@
 """What the tests share: commands run as a user runs them, free ports, tiny models, and hosts in network namespaces."""
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -70,9 +71,12 @@ class Running:
         return Finished(code, self.log.read_text(), time.monotonic() - self.begun)
 
     def kill(self) -> None:
-        """Kills the command and what it has started."""
+        """Kills the command and what it has started: launchers start their processes in sessions of their own."""
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            own = psutil.Process(self.process.pid)
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait()
 
 

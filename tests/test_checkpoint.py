@@ -85,5 +85,5 @@ def test_never_refuses_a_folder_that_holds_a_checkpoint(tmp_path):
     assert checkpoint.find(tmp_path, "never") == (None, [])
     model, optimizers = trained_model("adamw")
     checkpoint.save(tmp_path, 1, model, optimizers, {"run": {}}, keep=1)
-    with pytest.raises(UserError, match="--resume never, but .* holds step-00000001"):
+    with pytest.raises(UserError, match=r"--resume never, but .* holds step-00000001"):
         checkpoint.find(tmp_path, "never")

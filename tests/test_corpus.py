@@ -18,7 +18,11 @@ from transformers import AutoTokenizer
 from forge_lib import corpus
 from forge_lib.config import DataConfig, UserError
 
-DOCUMENTS = ["The harbour is quiet.\nA boat comes in.", "Deniz çok güzel, İstanbul'da.", "Third — with €, 漢字 and 🙂."]
+DOCUMENTS = [
+    "The harbour is quiet.\nA boat comes in.",
+    "Deniz çok güzel, İstanbul'da.",
+    "Third — with €, 漢字 and 🙂.",
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from forge_lib import batches, corpus
 from forge_lib.config import TrainConfig, parse_config
+from scripts import generate
 
 FLAGS = [*SHORT, *QUIET]
 
@@ -210,7 +211,6 @@ def test_a_loss_that_is_not_finite_stops_every_process_before_it_touches_a_weigh
         ["--gradient-checkpointing", "--mask-documents"],
         ["--optimizer", "muon", "--lr-scheduler", "warmup_stable_decay", "--warmup-steps", "1"],
         ["--dropout", "0.1", "--max-grad-norm", "0", "--report-to", "tensorboard"],
-        ["--compile"],
     ],
     ids=lambda flags: flags[0],
 )
@@ -220,6 +220,16 @@ def test_each_way_to_train_lowers_the_loss(train, two_processes, flags):
     assert losses(folder)[-1] < losses(folder)[0] - 0.1
     if "tensorboard" in flags:
         assert list(folder.rglob("events.out.tfevents.*"))
+
+
+def test_a_compiled_model_keeps_the_trajectory_and_its_names(train, trained):
+    folder, ended = train(*FLAGS, "--max-steps", "3", "--compile", "--lr-scheduler", "constant")
+    assert ended.code == 0, ended.output
+    assert losses(folder)[:2] == pytest.approx(losses(trained)[:2], rel=1e-4)
+    assert (
+        load_file(folder / "final" / "model.safetensors").keys()
+        == load_file(trained / "final" / "model.safetensors").keys()
+    )
 
 
 def test_samples_and_checkpoints_are_events_of_the_log(train):
@@ -239,16 +249,10 @@ def test_plain_torchrun_trains_too(train, trained, free_port):
     assert losses(folder)[0] == pytest.approx(losses(trained)[0], rel=1e-6)
 
 
-def test_generate_writes_the_same_text_for_the_same_seed(run, trained):
-    words = [
-        sys.executable,
-        "scripts/generate.py",
-        "--model-name",
-        trained / "final",
-        "--prompt",
-        "The",
-        "--max-new-tokens",
-    ]
-    texts = [run([*words, "12", "--seed", seed]).output for seed in ("1", "1", "2")]
+def test_generate_streams_the_same_text_for_the_same_seed(run, trained, capsys):
+    config = [f"--model-name={trained / 'final'}", "--prompt", "The", "--max-new-tokens", "12"]
+    texts = [generate.main(parse_config(generate.GenerateConfig, [*config, "--seed", seed])) for seed in "112"]
     assert texts[0] == texts[1] != texts[2]
-    assert texts[0].startswith("The")
+    assert capsys.readouterr().out == "".join(text + "\n" for text in texts)
+    ended = run([sys.executable, "scripts/generate.py", *config, "--seed", "1"])
+    assert (ended.code, ended.output.strip()) == (0, texts[0].strip())
