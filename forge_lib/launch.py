@@ -8,10 +8,12 @@ minutes in silence.
 import errno
 import json
 import logging
+import queue
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from dataclasses import dataclass
@@ -97,18 +99,20 @@ def _check_port(config: LaunchConfig) -> None:
                 "machine needs a number of its own"
             )
         if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and config.num_nodes > 1:
-            _warn_main_machine(config, mistake)
+            mistake = _tell_main_machine(config, mistake)
         raise UserError(mistake) from None
 
 
-def _warn_main_machine(config: LaunchConfig, mistake: str) -> None:
-    """Tells a main machine that already calls the roll that a second one claims its number."""
+def _tell_main_machine(config: LaunchConfig, mistake: str) -> str:
+    """Returns the mistake; a main machine that calls the roll already is told of it, as one of two with its number."""
     try:
         store = _open_store(config, timeout_seconds=3)
-        if store.check(["node/0"]):
-            _tell(store, config.node_rank, f"two machines were started as --node-rank 0: {mistake}")
-    except dist.DistError:
-        pass  # whatever holds the port, it calls no roll
+        store.wait(["node/0"], timedelta(seconds=3))
+    except (UserError, dist.DistError):
+        return mistake  # whatever is at that address, it calls no roll
+    mistake = f"two machines were started as --node-rank 0: {mistake}"
+    _tell(store, mistake)
+    return mistake
 
 
 def call_roll(config: LaunchConfig) -> None:
@@ -119,16 +123,7 @@ def call_roll(config: LaunchConfig) -> None:
             `join_timeout`, or another machine has failed.
     """
     link = _reach(config) if config.node_rank else None
-    try:
-        store = _open_store(config, timeout_seconds=REACH_SECONDS, is_master=config.node_rank == 0)
-    except dist.DistError as error:
-        reason = str(error).splitlines()[0]
-        if config.node_rank == 0:
-            raise UserError(f"cannot listen on {config.master_addr}:{config.master_port}: {reason}") from None
-        raise UserError(
-            f"{config.master_addr}:{config.master_port} answers, but not as a main machine does; is another program "
-            f"on that --master-port? ({reason})"
-        ) from None
+    store = _open_store(config, timeout_seconds=REACH_SECONDS / 2, is_master=config.node_rank == 0)
     me = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "num_nodes": config.num_nodes}
     mine = json.dumps(me)
     holder = json.loads(store.compare_set(f"node/{config.node_rank}", "", mine))
@@ -142,7 +137,7 @@ def call_roll(config: LaunchConfig) -> None:
             f"{main_machine['host']} with {main_machine['num_nodes']}"
         )
     if mistake:
-        _tell(store, config.node_rank, mistake)
+        _tell(store, mistake)
         raise UserError(mistake)
     start = said = time.monotonic()
     while missing := [n for n in range(config.num_nodes) if not store.check([f"node/{n}"])]:
@@ -189,17 +184,42 @@ def _reach(config: LaunchConfig) -> socket.socket:
 
 
 def _open_store(config: LaunchConfig, timeout_seconds: float, is_master: bool = False) -> dist.Store:
-    store = dist.TCPStore(
-        config.master_addr,
-        config.master_port,
-        is_master=is_master,
-        timeout=timedelta(seconds=timeout_seconds),
-        wait_for_workers=False,
-    )
+    """Opens the store on the main machine's port; UserError where that cannot be.
+
+    It runs in a thread that can be left behind, since torch waits for ever for a program that takes the connection and
+    never answers.
+    """
+    outcome: queue.SimpleQueue[dist.Store | dist.DistError] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            outcome.put(
+                dist.TCPStore(
+                    config.master_addr,
+                    config.master_port,
+                    is_master=is_master,
+                    timeout=timedelta(seconds=timeout_seconds),
+                    wait_for_workers=False,
+                )
+            )
+        except dist.DistError as error:
+            outcome.put(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        store = outcome.get(timeout=timeout_seconds)
+    except queue.Empty:
+        store = TimeoutError("it takes the connection and says nothing")
+    if isinstance(store, Exception):
+        reason = str(store).splitlines()[0]
+        where = f"{config.master_addr}:{config.master_port}"
+        if is_master:
+            raise UserError(f"cannot listen on {where}: {reason}; give another --master-port")
+        raise UserError(f"{where} answers, but not as a main machine does: is it another program's port? ({reason})")
     return dist.PrefixStore("forge-roll", store)
 
 
-def _tell(store: dist.Store, node_rank: int, mistake: str) -> None:
+def _tell(store: dist.Store, mistake: str) -> None:
     """Leaves a mistake for all machines, and gives them a moment to read it."""
     store.set("error", mistake)
     time.sleep(FAREWELL_SECONDS)

@@ -73,6 +73,15 @@ def test_a_port_in_use_is_named(run, tmp_path):
         assert_refused(run(words), f"--master-port {port} is in use", "give another port")
 
 
+def test_a_port_that_another_program_holds_is_no_main_machine(run, tmp_path):
+    """It takes connections and never answers, as many services do."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        words = [*machine(1, "127.0.0.1", taken.getsockname()[1], *FLAGS), "--output-dir", tmp_path / "run"]
+        assert_refused(run(words), "answers, but not as a main machine does")
+
+
 def test_a_main_machine_that_is_not_there_is_named(run, tmp_path, free_port):
     ended = run([*machine(1, "127.0.0.1", free_port, *FLAGS), "--output-dir", tmp_path / "run"])
     assert_refused(ended, f"cannot reach the main machine 127.0.0.1:{free_port}", "start the main machine")
