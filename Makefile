@@ -5,36 +5,42 @@ BIN := .venv/bin
 DEMO := runs/demo
 SOURCES := forge_lib scripts tests data
 
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
 .PHONY: setup demo style quality test clean
 
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+.venv/ready-dev: .venv/ready
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 demo: setup
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml scripts/train.py \
 		--model-name data/tiny_gpt2 --dataset-path data/sample_corpus.txt --sample-by paragraph --eval-fraction 0.05 \
-		--sequence-length 128 --batch-size 8 --max-steps 1400 --learning-rate 4e-3 --warmup-steps 50 \
-		--log-every 100 --eval-every 700 --output-dir $(DEMO)
+		--sequence-length 128 --batch-size 8 --max-steps 1200 --learning-rate 4e-3 --warmup-steps 50 \
+		--log-every 100 --eval-every 600 --output-dir $(DEMO)
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml scripts/evaluate.py \
 		--model-name $(DEMO)/final --dataset-path data/sample_corpus.txt --sample-by paragraph --eval-fraction 0.05 \
 		--sequence-length 128
 	@for seed in 1 2 3; do \
 		echo; echo "Sample $$seed:"; \
-		$(BIN)/python scripts/generate.py --model-name $(DEMO)/final --seed $$seed --max-new-tokens 120 || exit 1; \
+		$(BIN)/python scripts/generate.py --model-name $(DEMO)/final --seed $$seed --temperature 0.6 --max-new-tokens 120 || exit 1; \
 	done
 	@echo
 	@echo "The model lies in $(DEMO)/final, its checkpoints in $(DEMO)/checkpoints, its metrics in $(DEMO)/metrics.jsonl."
 
-style: setup
+style: .venv/ready-dev
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-quality: setup
+quality: .venv/ready-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 
