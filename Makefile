@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 SOURCES := forge_lib scripts tests data
-
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles what is imported, once; compiling all that is installed takes a minute longer.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo style quality test clean
 
@@ -31,7 +32,8 @@ demo: setup
 		--sequence-length 128
 	@for seed in 1 2 3; do \
 		echo; echo "Sample $$seed:"; \
-		$(BIN)/python scripts/generate.py --model-name $(DEMO)/final --seed $$seed --temperature 0.6 --max-new-tokens 120 || exit 1; \
+		$(BIN)/python scripts/generate.py --model-name $(DEMO)/final --seed $$seed --temperature 0.6 \
+			--max-new-tokens 120 || exit 1; \
 	done
 	@echo
 	@echo "The model lies in $(DEMO)/final, its checkpoints in $(DEMO)/checkpoints, its metrics in $(DEMO)/metrics.jsonl."
