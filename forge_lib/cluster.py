@@ -129,7 +129,7 @@ def choose_interface(world: World) -> tuple[str, str]:
 
 
 def choose_device(wanted: str, world: World) -> str:
-    """Returns "cuda" or "cpu" (or "mps" for one process on a Mac).
+    """Returns "cuda" (this process's GPU is then the current one) or "cpu" (or "mps" for one process on a Mac).
 
     Raises:
         UserError: a GPU is wanted and there is none, or this machine has fewer GPUs than processes.
@@ -146,6 +146,7 @@ def choose_device(wanted: str, world: World) -> str:
             f"{world.num_local_processes} processes were started on {socket.gethostname()}, which has "
             f"{torch.cuda.device_count()} GPU(s): start one process a GPU (num_processes), or give --device cpu"
         )
+    torch.cuda.set_device(world.local_process_index)
     return "cuda"
 
 

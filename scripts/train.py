@@ -96,6 +96,8 @@ def main(config: TrainConfig) -> Path:
     state = checkpoint.load(resume_from, accelerator, model, optimizers)
     first_step = state["step"] if state else 0
     model, *optimizers = accelerator.prepare(model, *optimizers)
+    if accelerator.scaler and state and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
     sync = metrics.GradientSync(model)
     learning_rate = models.learning_rate_schedule(config, plan.num_steps)
     sampler = batches.ShareSampler(plan, shares, accelerator.process_index, first_step)
@@ -206,7 +208,11 @@ def main(config: TrainConfig) -> Path:
                     step_done,
                     accelerator.unwrap_model(model),
                     optimizers,
-                    state={"run": run, "config": dataclasses.asdict(config)},
+                    state={
+                        "run": run,
+                        "config": dataclasses.asdict(config),
+                        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+                    },
                     keep=config.keep_checkpoints,
                 )
                 log.write(step=step_done, event="checkpoint", path=str(path))

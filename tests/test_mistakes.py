@@ -1,0 +1,147 @@
+"""A person's mistake: one clear message, exit code 2, on every process, and nothing is left behind."""
+
+import sys
+
+import pytest
+from conftest import BIN, QUIET, ROOT, SHORT, processes
+from transformers import GPT2Config
+
+from forge_lib import cluster
+from forge_lib.config import TrainConfig, parse_config
+from scripts import train as train_script
+
+
+@pytest.fixture
+def script(capsys, monkeypatch, tmp_path):
+    """Runs scripts/train.py in this process; returns (exit code, what it wrote to stderr)."""
+    monkeypatch.chdir(ROOT)
+
+    def script(*flags) -> tuple[int, str]:
+        argv = [*SHORT, *QUIET, "--output-dir", str(tmp_path / "run"), *map(str, flags)]
+        with pytest.raises(SystemExit) as ended, cluster.one_message("train.py"):
+            train_script.main(parse_config(TrainConfig, argv))
+        return ended.value.code, capsys.readouterr().err
+
+    return script
+
+
+def no_file(folder):
+    return ["--dataset-path", folder / "nowhere"], "no such file or folder"
+
+
+def empty_corpus(folder):
+    (folder / "empty.txt").write_text("")
+    return ["--dataset-path", folder / "empty.txt"], "empty: 1 file(s) of 0 bytes; expected text"
+
+
+def binary_file(folder):
+    (folder / "model.txt").write_bytes(b"PK\3\4\0\0")
+    return ["--dataset-path", folder / "model.txt"], "not a text file: a zero byte at offset 4"
+
+
+def wrong_column(folder):
+    (folder / "x.jsonl").write_text('{"body": "text"}\n')
+    return ["--dataset-path", folder / "x.jsonl"], "it has 'body': name one with --text-column"
+
+
+def little_text(folder):
+    (folder / "x.txt").write_text("few words")
+    return ["--dataset-path", folder / "x.txt"], "too few for one block of --sequence-length 64"
+
+
+def unknown_flag(folder):
+    return ["--batchsize", "8"], "unknown flag --batchsize; did you mean --batch-size?"
+
+
+def unknown_model(folder):
+    return [
+        "--model-name",
+        "no/such-model",
+    ], "--model-name no/such-model: neither a model folder here nor a model of the Hub"
+
+
+def long_sequence(folder):
+    return ["--sequence-length", "1024"], "longer than the model's 512 positions; use --sequence-length 512 or less"
+
+
+def indivisible_batch(folder):
+    return ["--batch-size", "8", "--shares", "3"], "--batch-size 8 cannot be divided over 1 processes in parts of 3"
+
+
+def one_document(folder):
+    return ["--sample-by", "document", "--eval-fraction", "0.1"], "cut the text with --sample-by paragraph"
+
+
+def folder_that_is_a_file(folder):
+    (folder / "taken").write_text("")
+    return ["--output-dir", folder / "taken"], "cannot be written to"
+
+
+def vocabulary_too_small(folder):
+    for file in (ROOT / "data" / "tiny_gpt2").glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    GPT2Config(vocab_size=100, n_positions=64, n_embd=8, n_layer=1, n_head=1).save_pretrained(folder)
+    return ["--model-name", folder], "knows 2048 tokens, but the model's vocabulary has 100"
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        no_file,
+        empty_corpus,
+        binary_file,
+        wrong_column,
+        little_text,
+        unknown_flag,
+        unknown_model,
+        long_sequence,
+        indivisible_batch,
+        one_document,
+        folder_that_is_a_file,
+        vocabulary_too_small,
+    ],
+)
+def test_a_mistake_gives_one_message_and_exit_code_2(script, tmp_path, mistake):
+    flags, message = mistake(tmp_path)
+    code, output = script(*flags)
+    assert code == 2
+    assert message in output
+    assert output.count("train.py: error: ") == 1
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def two_machines(start, tmp_path, port, first: list, second: list) -> list:
+    """Two launchers of p2p-llm-forge with these flags; returns how they ended."""
+    running = []
+    for rank, flags in enumerate((first, second)):
+        words = [BIN / "p2p-llm-forge", "--num-nodes", 2, "--node-rank", rank, "--master-addr", "127.0.0.1"]
+        words += ["--master-port", port, *SHORT, *QUIET, "--output-dir", tmp_path / str(rank), *flags]
+        running.append(start(words))
+    return [each.finish(60) for each in running]
+
+
+def test_other_data_or_flags_on_a_second_machine_are_named_on_both(start, tmp_path, free_port):
+    text = (ROOT / "data" / "sample_corpus.txt").read_bytes()
+    (tmp_path / "other.txt").write_bytes(text[:-3] + b"x" + text[-2:])
+    flags = ["--dataset-path", tmp_path / "other.txt", "--learning-rate", "2e-3"]
+    for ended in two_machines(start, tmp_path, free_port, [], flags):
+        assert ended.code == 2, ended.output
+        assert ended.seconds < 30
+        assert ended.output.count("error: ") == 1
+        assert "(process 1) differs from" in ended.output
+        assert "in --learning-rate: 0.002 against 0.001" in ended.output
+        assert "in its --dataset-path: fingerprint" in ended.output
+
+
+def test_every_process_of_a_machine_says_what_is_wrong(run, tmp_path, free_port):
+    launcher = processes(tmp_path, free_port, num_processes=2)
+    words = [*launcher, "scripts/train.py", *SHORT, *QUIET, "--output-dir", tmp_path / "run", "--batch-size", "7"]
+    ended = run(words)
+    assert ended.seconds < 30
+    assert "exitcode  : 2" in ended.output
+    assert "--batch-size 7 cannot be divided over 2 processes" in ended.output
+
+
+def test_help_is_no_mistake(run):
+    ended = run([sys.executable, "scripts/train.py", "--help"])
+    assert (ended.code, "--batch-size SEQUENCES" in ended.output) == (0, True)
