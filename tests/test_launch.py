@@ -6,6 +6,8 @@ import sys
 import pytest
 from conftest import BIN, QUIET, SHORT, losses, rows
 
+from forge_lib import launch
+
 FORGE = [BIN / "p2p-llm-forge"]
 FLAGS = [*SHORT, *QUIET, "--max-steps", "3"]
 
@@ -48,6 +50,21 @@ def test_the_exit_code_of_the_script_comes_through(run, tmp_path):
     assert_refused(ended, "train.py: error: --dataset-path nowhere.txt: no such file")
 
 
+@pytest.fixture
+def refused(capsys, monkeypatch, tmp_path):
+    """Runs the command in this process, with less patience, to its refusal; returns its message."""
+    monkeypatch.setattr(launch, "REACH_SECONDS", 4)
+
+    def refused(*flags) -> str:
+        with pytest.raises(SystemExit) as ended:
+            launch.main([*FLAGS, "--output-dir", str(tmp_path / "run"), *map(str, flags)])
+        output = capsys.readouterr().err
+        assert (ended.value.code, output.count("p2p-llm-forge: error: ")) == (2, 1)
+        return output
+
+    return refused
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -60,31 +77,33 @@ def test_the_exit_code_of_the_script_comes_through(run, tmp_path):
         (["--num-nodes", "2", "--master-addr", "192.0.2.1"], "192.0.2.1 is not its address"),
     ],
 )
-def test_a_topology_that_cannot_be_is_named(run, tmp_path, flags, message):
-    assert_refused(run([*FORGE, *FLAGS, "--output-dir", tmp_path / "run", *flags]), message)
+def test_a_topology_that_cannot_be_is_named(refused, flags, message):
+    assert message in refused(*flags)
 
 
-def test_a_port_in_use_is_named(run, tmp_path):
+def test_a_port_in_use_is_named(refused):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        words = [*machine(0, "127.0.0.1", port, *FLAGS), "--output-dir", tmp_path / "run"]
-        assert_refused(run(words), f"--master-port {port} is in use", "give another port")
+        output = refused(*machine(0, "127.0.0.1", port)[1:])
+        assert f"--master-port {port} is in use" in output
+        assert "give another port" in output
 
 
-def test_a_port_that_another_program_holds_is_no_main_machine(run, tmp_path):
+def test_a_port_that_another_program_holds_is_no_main_machine(refused):
     """It takes connections and never answers, as many services do."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        words = [*machine(1, "127.0.0.1", taken.getsockname()[1], *FLAGS), "--output-dir", tmp_path / "run"]
-        assert_refused(run(words), "answers, but not as a main machine does")
+        port = taken.getsockname()[1]
+        assert "answers, but not as a main machine does" in refused(*machine(1, "127.0.0.1", port)[1:])
 
 
-def test_a_main_machine_that_is_not_there_is_named(run, tmp_path, free_port):
-    ended = run([*machine(1, "127.0.0.1", free_port, *FLAGS), "--output-dir", tmp_path / "run"])
-    assert_refused(ended, f"cannot reach the main machine 127.0.0.1:{free_port}", "start the main machine")
+def test_a_main_machine_that_does_not_listen_is_named(refused, free_port):
+    output = refused(*machine(1, "127.0.0.1", free_port)[1:])
+    assert f"cannot reach the main machine 127.0.0.1:{free_port}" in output
+    assert "start the main machine (--node-rank 0) first" in output
 
 
 @pytest.mark.netns

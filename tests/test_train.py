@@ -207,10 +207,8 @@ def test_a_loss_that_is_not_finite_stops_every_process_before_it_touches_a_weigh
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--mixed-precision", "bf16"],
-        ["--gradient-checkpointing", "--mask-documents"],
-        ["--optimizer", "muon", "--lr-scheduler", "warmup_stable_decay", "--warmup-steps", "1"],
-        ["--dropout", "0.1", "--max-grad-norm", "0", "--report-to", "tensorboard"],
+        ["--mixed-precision", "bf16", "--gradient-checkpointing", "--mask-documents", "--report-to", "tensorboard"],
+        ["--optimizer", "muon", "--lr-scheduler", "warmup_stable_decay", "--warmup-steps", "1", "--dropout", "0.1"],
     ],
     ids=lambda flags: flags[0],
 )
