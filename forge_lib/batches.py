@@ -104,7 +104,7 @@ def split_documents(
         )
     num_held_out = min(max(1, round(eval_fraction * num_documents)), num_documents - 1)
     held_out = np.zeros(num_documents, bool)
-    held_out[permute(np.arange(num_held_out), num_documents, seed)] = True
+    held_out[permute(np.arange(num_held_out), num_documents, seed % (1 << 64))] = True
     edges = np.flatnonzero(np.diff(held_out)) + 1
     edges = np.concatenate([[0], edges, [num_documents]])
     runs = np.stack([edges[:-1], edges[1:]], axis=1)

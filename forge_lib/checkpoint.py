@@ -3,7 +3,7 @@
     checkpoints/step-00000100/
         model.safetensors       the trainable weights
         optimizer.safetensors   the optimizers' tensors
-        state.json              step, optimizer settings, what the run is
+        state.json              step, configuration, what the run is
         manifest.json           size and sha256 of the files above
 
 The main process saves. At resume it sends what it has read to the others, which need no copy of their own.
@@ -52,9 +52,8 @@ def save(
     partial.mkdir()
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, partial / "model.safetensors")
-    tensors, settings = _flatten([optimizer.state_dict() for optimizer in optimizers])
-    save_file(tensors, partial / "optimizer.safetensors")
-    _write_json(partial / "state.json", {"step": step, "optimizers": settings, **state})
+    save_file(_flatten([optimizer.state_dict() for optimizer in optimizers]), partial / "optimizer.safetensors")
+    _write_json(partial / "state.json", {"step": step, **state})
     files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())}
     _write_json(partial / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
     for file in (*partial.iterdir(), partial):
@@ -63,8 +62,8 @@ def save(
         shutil.rmtree(path)
     partial.rename(path)
     _flush(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    for old in sorted(each for each in folder.glob("step-*") if each.name <= path.name)[:-keep]:
+        shutil.rmtree(old)  # what is newer than this one was passed over at resume, and is overwritten in its turn
     return path
 
 
@@ -98,17 +97,24 @@ def find(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def check_run(path: Path, run: dict) -> None:
+def check_run(path: Path, run: dict, num_steps: int) -> None:
     """Compares the run that a checkpoint belongs to with the one that is to go on.
 
     Args:
         path: a complete checkpoint.
         run: what must not change between the two: `state["run"]` as it was saved.
+        num_steps: how long the run shall be.
 
     Raises:
-        UserError: naming each value that differs.
+        UserError: naming each value that differs; or the checkpoint lies behind the end of the run.
     """
-    saved = _read_state(path)["run"]
+    state = _read_state(path)
+    if state["step"] > num_steps:
+        raise UserError(
+            f"{path} is at step {state['step']}, but the run shall end at step {num_steps}; raise --max-steps or "
+            "--epochs, or name another --output-dir"
+        )
+    saved = state["run"]
     differ = [
         f"{name} was {saved.get(name)!r} and is now {value!r}"
         for name, value in run.items()
@@ -159,28 +165,28 @@ def load(
                 parameter.copy_(tensors[f"model/{name}"])
     prefix = "optimizer/"
     saved = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    for optimizer, state_dict in zip(optimizers, _unflatten(saved, state["optimizers"]), strict=True):
-        optimizer.load_state_dict(state_dict)
+    for optimizer, values in zip(optimizers, _unflatten(saved, len(optimizers)), strict=True):
+        # The settings (weight decay, …) are those of the flags now, not those of the checkpoint.
+        optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 
 
-def _flatten(state_dicts: list[dict]) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Parts optimizer states into tensors by name (`optimizer/parameter/key`) and what JSON can hold."""
-    tensors, settings = {}, []
-    for number, state_dict in enumerate(state_dicts):
-        for parameter, values in state_dict["state"].items():
-            for key, value in values.items():
-                tensors[f"{number}/{parameter}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-        settings.append({"param_groups": state_dict["param_groups"]})
-    return tensors, settings
+def _flatten(state_dicts: list[dict]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of optimizer states by name: `optimizer/parameter/key`."""
+    return {
+        f"{number}/{parameter}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        for number, state_dict in enumerate(state_dicts)
+        for parameter, values in state_dict["state"].items()
+        for key, value in values.items()
+    }
 
 
-def _unflatten(tensors: dict[str, torch.Tensor], settings: list[dict]) -> list[dict]:
-    state_dicts = [{"state": {}, "param_groups": each["param_groups"]} for each in settings]
+def _unflatten(tensors: dict[str, torch.Tensor], num_optimizers: int) -> list[dict]:
+    states: list[dict] = [{} for _ in range(num_optimizers)]
     for name, tensor in tensors.items():
         number, parameter, key = name.split("/")
-        state_dicts[int(number)]["state"].setdefault(int(parameter), {})[key] = tensor
-    return state_dicts
+        states[int(number)].setdefault(int(parameter), {})[key] = tensor
+    return states
 
 
 def _problem(path: Path) -> str | None:

@@ -28,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from forge_lib.config import UserError, WorldConfig, flag_name
 
 POLL_SECONDS = 0.25
+STORE_SECONDS = 30  # the launcher has opened its store before it starts a process
 WAIT_LINE_SECONDS = 10
 SILENCE_SECONDS = 60  # a peer in the lobby that says nothing for so long is lost
 FAREWELL_SECONDS = 5  # how long a failing process waits until its peers have heard why
@@ -242,7 +243,7 @@ class Lobby:
                     for rank in missing
                 }
             except dist.DistError as error:
-                raise UserError(
+                raise _PeerError(
                     f"the store on the main machine {world.main_address}:{world.main_port} is gone: its launcher has "
                     f"stopped; see its messages there ({type(error).__name__})"
                 ) from None
@@ -291,7 +292,7 @@ def _open_store(world: World) -> dist.Store:
                 world.main_address,
                 world.main_port,
                 is_master=world.process_index == 0 and not launcher_holds_it,
-                timeout=timedelta(minutes=10),
+                timeout=timedelta(seconds=STORE_SECONDS),
                 wait_for_workers=False,
                 multi_tenant=True,  # torch opens the same store again for its process group
             )
@@ -313,6 +314,13 @@ def one_message(program: str) -> Iterator[None]:
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         _tell_peers(error)
         sys.exit(2)
+    except OSError as error:
+        if not error.filename:
+            raise
+        mistake = UserError(f"{error.filename}: {error.strerror}")
+        print(f"{program}: error: {mistake}", file=sys.stderr, flush=True)
+        _tell_peers(mistake)
+        sys.exit(2)
     except Exception as error:
         _tell_peers(error)
         raise
@@ -322,7 +330,7 @@ def _tell_peers(error: Exception) -> None:
     """Leaves the error in the lobby, and waits a little until all who are there have heard of it."""
     try:
         world = World.from_environment()
-        if world.num_processes == 1:
+        if world.num_processes == 1 or "the store on the main machine" in str(error):
             return
         store = _open_store(world)
         ranks = range(world.num_processes)
@@ -417,6 +425,8 @@ def agree(peers: list[dict], config: WorldConfig) -> Agreement:
         warnings.append(f"--mixed-precision {precision} overrides mixed_precision: {launcher} of the YAML")
     if precision not in ("no", "bf16", "fp16"):
         raise UserError(f"mixed_precision: {precision} of the YAML is not supported; use no, bf16 or fp16")
+    if precision == "fp16" and main["config"].get("optimizer") == "muon":
+        raise UserError("--optimizer muon does not work with mixed precision fp16; use bf16 or no")
     if precision == "fp16" and not all_gpu:
         raise UserError("mixed precision fp16 needs a GPU for every process; use --mixed-precision bf16 or no")
     return Agreement(peers=peers, backend=backend, mixed_precision=precision, warnings=warnings)

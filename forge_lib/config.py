@@ -6,6 +6,7 @@ Every flag of the scripts is a field here and every field is a flag; `--model-na
 
 import argparse
 import difflib
+import math
 import re
 import shutil
 from dataclasses import MISSING, dataclass, field, fields
@@ -221,6 +222,11 @@ class TrainConfig(
             for name in ("learning_rate", "epochs")
             if not getattr(self, name) > 0
         ]
+        wrong += [
+            f"{flag_name(name)} is {getattr(self, name)}, but must be a number"
+            for name in ("learning_rate", "epochs", "weight_decay", "max_grad_norm")
+            if not math.isfinite(getattr(self, name))
+        ]
         if self.eval_fraction and self.eval_dataset_path:
             wrong.append("--eval-fraction and --eval-dataset-path were both given; give one of them")
         if self.optimizer == "muon" and self.mixed_precision == "fp16":
@@ -336,6 +342,8 @@ def _yaml_flags(path: Path, known: list[str]) -> list[str]:
             raise UserError(f"--config {path}: unknown key {key!r}{_nearest(str(key), known)}")
         if value is None:
             continue
+        if value is False and str(key).replace("-", "_") == "mixed_precision":
+            value = "no"  # YAML reads a bare `no` as False
         words = [str(word) for word in value] if isinstance(value, list) else [str(value)]
         flags += [flag_name(str(key)), *words] if isinstance(value, list) else [f"{flag_name(str(key))}={words[0]}"]
     return flags

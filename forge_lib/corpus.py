@@ -315,6 +315,8 @@ class _HashedFile:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # some models' tokenizers are saved with one
+        tokenizer.backend_tokenizer.no_padding()
         return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
@@ -334,7 +336,7 @@ def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[tuple[list[str], li
 
 
 def _pieces(source: _Source, config: DataConfig, progress: Progress) -> Iterator[tuple[str, bool]]:
-    """Yields (text, whether a document ends with it); a long document comes in pieces, cut before a space."""
+    """Yields (text, whether a document ends with it); a long document comes in pieces, cut at spaces if it has any."""
     if not source.files:
         yield from _records(None, "hub", config)
         return
@@ -397,7 +399,9 @@ def _split(blocks: Iterator[str], sample_by: str) -> Iterator[tuple[str, bool]]:
                 if begun or text.strip():
                     yield text.strip("\n"), True
                     begun = False
-        if len(rest) >= READ_BYTES and (cut := rest.rfind(" ", 1)) > 0 and rest[:cut].strip():
+        if len(rest) >= READ_BYTES:
+            half = len(rest) // 2
+            cut = next((at for at in (rest.rfind(" ", half), rest.rfind("\n", half)) if at > 0), len(rest))
             yield rest[:cut], False
             rest, begun = rest[cut:], True
     if begun or rest.strip():

@@ -47,7 +47,11 @@ def main(argv: list[str] | None = None) -> None:
         config = parse_config(ForgeConfig, argv, __doc__, prog="p2p-llm-forge")
         _check(config)
         if config.num_nodes > 1:
-            call_roll(config)
+            try:
+                call_roll(config)
+            except (dist.DistError, OSError) as error:
+                where = f"the main machine {config.master_addr}:{config.master_port}"
+                raise UserError(f"lost {where}: {str(error).splitlines()[0]}; see its message there") from None
     except UserError as error:
         print(f"p2p-llm-forge: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

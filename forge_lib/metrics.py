@@ -138,7 +138,7 @@ def evaluate_model(
         correct = (logits.argmax(-1) == labels).sum()  # IGNORED is never predicted
         sums += torch.tensor([loss.item(), (labels != IGNORED).sum().item(), correct.item()], dtype=torch.float64)
     model.train(was_training)
-    rows = gather(sums.to(accelerator.device, _float64_or_32(accelerator.device))[None]).cpu().double()
+    rows = gather(sums.to(accelerator.device, sum_dtype(accelerator.device))[None]).cpu().double()
     columns = {
         "loss_sum": rows[:, 0].tolist(),
         "num_targets": rows[:, 1].long().tolist(),
@@ -152,7 +152,8 @@ def evaluate_model(
     return results
 
 
-def _float64_or_32(device: torch.device) -> torch.dtype:
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns the widest float type that the device has."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

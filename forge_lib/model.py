@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import xxhash
 from huggingface_hub import constants, get_session
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -61,7 +62,7 @@ def _load(loader: Callable, config: ModelNameConfig, /, **options):
     source = _source(config)
     try:
         return loader(**source, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         offline = "; the Hub cannot be reached from here" if source.get("local_files_only") else ""
@@ -217,6 +218,11 @@ def learning_rate_schedule(config: OptimizationConfig, num_steps: int) -> Callab
     specific = {}
     if config.lr_scheduler == "warmup_stable_decay":
         specific["num_decay_steps"] = config.decay_steps or max(1, num_steps // 5)
+        if config.warmup_steps + specific["num_decay_steps"] > num_steps:
+            raise UserError(
+                f"--warmup-steps {config.warmup_steps} and --decay-steps {specific['num_decay_steps']} do not fit "
+                f"into a run of {num_steps} steps"
+            )
     elif config.lr_scheduler == "cosine_with_min_lr":
         specific["min_lr_rate"] = 0.1
     bearer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
@@ -232,6 +238,32 @@ def hash_weights(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def hash_config(model: nn.Module) -> str:
+    """Returns a hash over the model's configuration, apart from where it came from."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    return xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@torch.no_grad()
+def check_document_mask(model: nn.Module) -> None:
+    """Raises UserError where the model does not keep documents apart by `position_ids` that begin anew.
+
+    It compares a document's logits behind another document with its logits alone.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(2, 10)[None] % model.config.get_text_config().vocab_size
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    try:
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:]
+        apart = torch.allclose(packed, model(input_ids=ids[:, 4:], use_cache=False).logits, atol=1e-4, rtol=1e-3)
+    except TypeError:  # it takes no position_ids
+        apart = False
+    model.train(was_training)
+    if not apart:
+        raise UserError(f"--mask-documents has no effect on models of type {model.config.model_type}; leave it out")
 
 
 def generate_text(
@@ -261,7 +293,7 @@ def generate_text(
     draw = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         output = model.generate(
             input_ids=inputs,

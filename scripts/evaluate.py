@@ -71,7 +71,11 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         agreement = cluster.agree(lobby.exchange(facts), config)
 
     handlers = [InitProcessGroupKwargs(backend=agreement.backend, timeout=timedelta(minutes=10))]
-    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=handlers if world.num_processes > 1 else [])
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=agreement.mixed_precision,
+        kwargs_handlers=handlers if world.num_processes > 1 else [],
+    )
     cluster.check_world(world, accelerator.num_processes)
     model.to(accelerator.device)
     tokens_per_byte = store.manifest["num_tokens"] / store.manifest["num_text_bytes"]

@@ -52,6 +52,8 @@ def main(config: TrainConfig) -> Path:
         tokenizer = models.load_tokenizer(config)
         torch.manual_seed(config.seed)
         model = models.load_model(config, len(tokenizer), config.sequence_length)
+        if config.mask_documents:
+            models.check_document_mask(model)
         store = corpus.prepare_store(config, tokenizer, progress=lobby.say)
         eval_store = store
         if config.eval_dataset_path:
@@ -67,12 +69,14 @@ def main(config: TrainConfig) -> Path:
             make_folder(output_dir)
             resume_from, passed_over = checkpoint.find(output_dir / "checkpoints", config.resume)
             if resume_from:
-                checkpoint.check_run(resume_from, run)
+                checkpoint.check_run(resume_from, run, plan.num_steps)
         lobby.say("measuring and hashing")
         facts = cluster.local_facts(config, world, device)
         facts["fingerprints"] = {
             "--dataset-path": store.fingerprint,
-            "--eval-dataset-path": eval_store.fingerprint,
+            "--eval-dataset-path": eval_store.fingerprint if eval_dataset else "none",
+            "model configuration": models.hash_config(model),
+            "kind of initial weights": "random" if random_weights else "pretrained",
             "tokenizer": corpus.tokenizer_fingerprint(tokenizer),
         }
         facts |= {"weights": weights, "random_weights": random_weights}
@@ -133,7 +137,7 @@ def main(config: TrainConfig) -> Path:
             step_start = time.perf_counter()
             batch = next(batch_iterator)
             data_seconds = time.perf_counter() - step_start
-            torch.manual_seed((config.seed << 40) + step * world.num_processes + world.process_index)  # for dropout
+            torch.manual_seed(hash((config.seed, step, world.process_index)) % (1 << 63))  # for dropout
             num_targets = max(1, dataset.num_targets(plan.batch(step)))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -167,7 +171,9 @@ def main(config: TrainConfig) -> Path:
             bar.update()
             if is_due(config.log_every, step_done, plan.num_steps):
                 mine = [torch.stack(losses).sum().item(), metrics.peak_memory_bytes(accelerator.device)]
-                all_of = gather(torch.tensor([mine], dtype=torch.float64).to(accelerator.device)).cpu()
+                all_of = gather(
+                    torch.tensor([mine], dtype=metrics.sum_dtype(accelerator.device), device=accelerator.device)
+                ).cpu()
                 tokens_per_second = tokens_since / seconds_since
                 row = {
                     "step": step_done,
@@ -279,7 +285,16 @@ def make_datasets(
 
 def describe_run(config: TrainConfig, model: torch.nn.Module, store: corpus.TokenStore) -> dict:
     """Returns what a run is, whatever its length and learning rate: a checkpoint goes on in the same run alone."""
-    same = ("batch_size", "sequence_length", "mask_documents", "eval_fraction", "optimizer", "lora_rank", "seed")
+    same = (
+        "lora_rank",
+        "lora_alpha",
+        "batch_size",
+        "sequence_length",
+        "mask_documents",
+        "eval_fraction",
+        "optimizer",
+        "seed",
+    )
     return {
         "data": store.fingerprint,
         "model": f"{model.config.model_type} of {sum(p.numel() for p in model.parameters()):,} parameters",

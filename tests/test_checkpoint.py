@@ -73,12 +73,24 @@ def test_only_the_newest_are_kept_and_leftovers_are_swept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
+def test_a_new_checkpoint_is_kept_beside_a_damaged_newer_one(tmp_path):
+    """Resumed from step 1, since step 3 is damaged, the run writes step 2: that one must stay."""
+    model, optimizers = trained_model("adamw")
+    for number in (1, 3):
+        checkpoint.save(tmp_path, number, model, optimizers, {"run": {}}, keep=2)
+    (tmp_path / "step-00000003" / "state.json").unlink()
+    path = checkpoint.save(tmp_path, 2, model, optimizers, {"run": {}}, keep=1)
+    assert checkpoint.find(tmp_path, "auto")[0] == path
+
+
 def test_another_run_is_refused_with_both_values(tmp_path):
     model, optimizers = trained_model("adamw")
     path = checkpoint.save(tmp_path, 1, model, optimizers, {"run": {"data": "x", "batch_size": 8}}, keep=1)
-    checkpoint.check_run(path, {"data": "x", "batch_size": 8})
+    checkpoint.check_run(path, {"data": "x", "batch_size": 8}, num_steps=1)
+    with pytest.raises(UserError, match="is at step 1, but the run shall end at step 0"):
+        checkpoint.check_run(path, {"data": "x", "batch_size": 8}, num_steps=0)
     with pytest.raises(UserError, match="batch_size was 8 and is now 16"):
-        checkpoint.check_run(path, {"data": "x", "batch_size": 16})
+        checkpoint.check_run(path, {"data": "x", "batch_size": 16}, num_steps=1)
 
 
 def test_never_refuses_a_folder_that_holds_a_checkpoint(tmp_path):
