@@ -25,8 +25,8 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml scripts/train.py \
 		--model-name data/tiny_gpt2 --dataset-path data/sample_corpus.txt --sample-by paragraph --eval-fraction 0.05 \
-		--sequence-length 128 --batch-size 8 --max-steps 1400 --learning-rate 4e-3 --warmup-steps 50 \
-		--log-every 100 --eval-every 700 --output-dir $(DEMO)
+		--sequence-length 128 --batch-size 8 --max-steps 1200 --learning-rate 4e-3 --warmup-steps 50 \
+		--log-every 100 --eval-every 600 --output-dir $(DEMO)
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml scripts/evaluate.py \
 		--model-name $(DEMO)/final --dataset-path data/sample_corpus.txt --sample-by paragraph --eval-fraction 0.05 \
 		--sequence-length 128
