@@ -1,19 +1,11 @@
-"""What the peers settle before they train: the network interface, who is there, and whether all mean the same run.
-
-The processes first meet in a lobby: a few keys in the TCPStore of the launcher, before any process group exists.
-There, waiting costs nothing and has no time-out: a machine that still tokenizes says how far it is, and a mistake on
-one machine ends all of them, with its message, within a second.
-"""
+"""What the machines settle before they train (interface, device, backend, precision), and whether they stay equal."""
 
 import dataclasses
-import json
 import os
 import socket
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,73 +14,16 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
-from accelerate.utils import get_cpu_distributed_information, str_to_bool
-from transformers.utils.logging import disable_progress_bar
+import xxhash
+from accelerate import Accelerator
+from accelerate.utils import gather, gather_object, str_to_bool
+from torch import nn
 
-from forge_lib.config import UserError, WorldConfig, flag_name
+from forge_lib.config import WIZARD_CURE, UserError, World, WorldConfig, flag_name
 
-POLL_SECONDS = 0.25
-STORE_SECONDS = 30  # the launcher has opened its store before it starts a process
-WAIT_LINE_SECONDS = 10
-SILENCE_SECONDS = 60  # a peer in the lobby that says nothing for so long is lost
-FAREWELL_SECONDS = 5  # how long a failing process waits until its peers have heard why
+GROUP_START_SECONDS = 600  # time-out of the process group until the first step is done
+DDP_BUCKET_BYTES = 250 << 20  # DDP's first broadcast sends so much at once
 LOCAL_FIELDS = {"dataset_path", "eval_dataset_path", "output_dir", "model_name", "micro_batch_size"}  # may differ
-WIZARD_CURE = (
-    "a YAML with `distributed_type: MULTI_CPU` starts one process on each machine, and each would train a model of "
-    "its own. Change these two lines of the YAML:\n    distributed_type: MULTI_GPU\n    use_cpu: true"
-)
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that the launcher means to start, and this one's place among them.
-
-    Attributes:
-        process_index: rank of this process.
-        num_processes: processes on all machines.
-        local_process_index: its number on this machine.
-        num_local_processes: processes on this machine.
-        main_address, main_port: where the main machine's store listens; an empty address where there is one process.
-        attempt: how often the launcher has restarted the processes.
-    """
-
-    process_index: int = 0
-    num_processes: int = 1
-    local_process_index: int = 0
-    num_local_processes: int = 1
-    main_address: str = ""
-    main_port: int = 0
-    attempt: int = 0
-
-    @classmethod
-    def from_environment(cls) -> "World":
-        """Reads what accelerate, torchrun, mpirun or a notebook's launcher has left in the environment.
-
-        Raises:
-            UserError: the launcher has named a main machine, but has started a process without a rank.
-        """
-        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")):
-                raise UserError(f"the YAML asks for {name}, but this program trains data-parallel alone: take it out")
-        ranks = get_cpu_distributed_information()
-        if ranks.world_size == 1:
-            if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
-                address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
-                raise UserError(
-                    f"the launcher names a main machine ({address}), but this process got no rank in a world: "
-                    + WIZARD_CURE
-                )
-            return cls()
-        in_group = dist.is_available() and dist.is_initialized()  # as under accelerate's debug_launcher
-        return cls(
-            process_index=dist.get_rank() if in_group else ranks.rank,
-            num_processes=ranks.world_size,
-            local_process_index=ranks.local_rank,
-            num_local_processes=ranks.local_world_size,
-            main_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
-            main_port=int(os.environ.get("MASTER_PORT", 29500)),
-            attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        )
 
 
 def choose_interface(world: World) -> tuple[str, str]:
@@ -167,15 +102,17 @@ def local_facts(config: WorldConfig, world: World, device: str) -> dict:
     interface, address = choose_interface(world)
     small, large = (256, 1024) if device == "cpu" else (1024, 4096)
     flops = {"fp32": matmul_flops(device, torch.float32, large)}
-    if matmul_flops(device, torch.bfloat16, small) > 1.2 * matmul_flops(device, torch.float32, small):
-        flops["bf16"] = matmul_flops(device, torch.bfloat16, large)  # elsewhere it can be a hundred times slower
+    if matmul_flops(device, torch.bfloat16, small) > flops["fp32"] / 50:  # elsewhere it can be a hundred times slower
+        bf16 = matmul_flops(device, torch.bfloat16, large)
+        flops |= {"bf16": bf16} if bf16 > 1.2 * flops["fp32"] else {}
     return {
         "host": socket.gethostname(),
         "address": address,
         "interface": interface,
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else device,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if device == "cpu" else 0,
+        "instructions": torch.backends.cpu.get_cpu_capability() if device == "cpu" else "",
         "flops": flops,
         "launcher_mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "versions": {
@@ -188,168 +125,6 @@ def local_facts(config: WorldConfig, world: World, device: str) -> dict:
     }
 
 
-class Lobby:
-    """Where the processes of a run wait for each other before there is a process group; use it as a context manager.
-
-    Args:
-        world: the processes that are expected.
-    """
-
-    def __init__(self, world: World):
-        self.world = world
-        self.host = socket.gethostname()
-        self._state = "starting"
-        self._done = threading.Event()
-
-    def __enter__(self):
-        if self.world.num_processes > 1:
-            self._store = _open_store(self.world)
-            self._heart = threading.Thread(target=self._beat, daemon=True)
-            self._heart.start()
-        return self
-
-    def __exit__(self, *_):
-        if self.world.num_processes > 1:
-            self._done.set()
-            self._heart.join()
-
-    def say(self, state: str) -> None:
-        """Tells the others what this process is doing now; cheap, to be called often."""
-        self._state = state
-
-    def exchange(self, facts: dict) -> list[dict]:
-        """Hands `facts` (of JSON types) to all processes, waits for theirs, and returns them by rank.
-
-        Call on all processes. Now and then, one process of each machine says on stderr for whom it waits.
-
-        Raises:
-            UserError: another process has failed, with its message; or has not been heard from for a minute.
-        """
-        world = self.world
-        if world.num_processes == 1:
-            return [facts]
-        self.say("ready")
-        self._store.set(f"facts/{world.process_index}", json.dumps(facts))
-        missing, beats, said = set(range(world.num_processes)), {}, time.monotonic()
-        while missing:
-            try:
-                if self._store.check(["error"]):
-                    raise _PeerError(self._store.get("error").decode())
-                missing = {rank for rank in missing if not self._store.check([f"facts/{rank}"])}
-                states = {
-                    rank: json.loads(self._store.get(f"state/{rank}"))
-                    if self._store.check([f"state/{rank}"])
-                    else None
-                    for rank in missing
-                }
-            except dist.DistError as error:
-                raise _PeerError(
-                    f"the store on the main machine {world.main_address}:{world.main_port} is gone: its launcher has "
-                    f"stopped; see its messages there ({type(error).__name__})"
-                ) from None
-            now = time.monotonic()
-            for rank, state in states.items():
-                if state and beats.get(rank, (None, 0))[0] != state["beat"]:
-                    beats[rank] = (state["beat"], now)
-                elif state and now - beats[rank][1] > SILENCE_SECONDS:
-                    raise UserError(
-                        f"process {rank} on {state['host']} has not been heard from for {SILENCE_SECONDS} s (it was "
-                        f"{state['state']}): it has died, or its link is cut; start the run again on all machines"
-                    )
-            if missing and now - said >= WAIT_LINE_SECONDS and world.local_process_index == 0:
-                said = now
-                for rank, state in sorted(states.items()):
-                    doing = f"on {state['host']}: {state['state']}" if state else "which has not started yet"
-                    print(f"{self.host} waits for process {rank}, {doing}", file=sys.stderr, flush=True)
-            if missing:
-                time.sleep(POLL_SECONDS)
-        return [json.loads(self._store.get(f"facts/{rank}")) for rank in range(world.num_processes)]
-
-    def _beat(self) -> None:
-        beat = 0
-        while not self._done.wait(POLL_SECONDS * 2 if beat else 0):
-            beat += 1
-            state = {"beat": beat, "host": self.host, "state": self._state}
-            try:
-                self._store.set(f"state/{self.world.process_index}", json.dumps(state))
-            except dist.DistError:
-                return  # the store is gone: exchange() says so
-
-
-class _PeerError(UserError):
-    """Another process's error, as this one has heard of it."""
-
-
-def _open_store(world: World) -> dist.Store:
-    """Joins the store that the launcher holds, or makes one where the first process is expected to hold it."""
-    debug_file = os.environ.get("ACCELERATE_DEBUG_RDV_FILE")  # set by accelerate's debug_launcher
-    if debug_file:
-        store = dist.FileStore(debug_file, world.num_processes)
-    else:
-        launcher_holds_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        try:
-            store = dist.TCPStore(
-                world.main_address,
-                world.main_port,
-                is_master=world.process_index == 0 and not launcher_holds_it,
-                timeout=timedelta(seconds=STORE_SECONDS),
-                wait_for_workers=False,
-                multi_tenant=True,  # torch opens the same store again for its process group
-            )
-        except dist.DistError as error:
-            raise UserError(
-                f"cannot open the store at {world.main_address}:{world.main_port}: {str(error).splitlines()[0]}"
-            ) from None
-    return dist.PrefixStore(f"forge/{world.attempt}", store)
-
-
-@contextmanager
-def one_message(program: str) -> Iterator[None]:
-    """Turns a person's mistake inside it into one message and exit code 2, here and on peers in the lobby."""
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    try:
-        yield
-    except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-        _tell_peers(error)
-        sys.exit(2)
-    except OSError as error:
-        if not error.filename:
-            raise
-        mistake = UserError(f"{error.filename}: {error.strerror}")
-        print(f"{program}: error: {mistake}", file=sys.stderr, flush=True)
-        _tell_peers(mistake)
-        sys.exit(2)
-    except Exception as error:
-        _tell_peers(error)
-        raise
-
-
-def _tell_peers(error: Exception) -> None:
-    """Leaves the error in the lobby, and waits a little until all who are there have heard of it."""
-    try:
-        world = World.from_environment()
-        if world.num_processes == 1 or "the store on the main machine" in str(error):
-            return
-        store = _open_store(world)
-        ranks = range(world.num_processes)
-        if store.check([f"facts/{rank}" for rank in ranks]):
-            return  # all have left the lobby, or see the same facts
-        if not isinstance(error, _PeerError):
-            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            store.compare_set("error", "", f"{socket.gethostname()} (process {world.process_index}): {text}")
-        store.set(f"heard/{world.process_index}", "")
-        until = time.monotonic() + FAREWELL_SECONDS
-        while time.monotonic() < until:
-            here = [rank for rank in ranks if store.check([f"state/{rank}"])]
-            if len(here) == len(ranks) and store.check([f"heard/{rank}" for rank in here]):
-                return
-            time.sleep(POLL_SECONDS)
-    except (UserError, dist.DistError):
-        pass  # there is no lobby: nobody to tell
-
-
 @dataclass(frozen=True)
 class Agreement:
     """What all processes have agreed on.
@@ -359,20 +134,21 @@ class Agreement:
         backend: "nccl" or "gloo".
         mixed_precision: "no", "bf16" or "fp16".
         warnings: differences that do no harm.
+        alike: whether all processes compute alike, to the last bit.
     """
 
     peers: list[dict]
     backend: str
     mixed_precision: str
     warnings: list[str]
+    alike: bool
 
 
 def agree(peers: list[dict], config: WorldConfig) -> Agreement:
-    """Compares the facts of all processes and settles what follows from them; the same result on each.
+    """Compares the facts of all machines and settles what follows from them; the same result on each.
 
     Args:
-        peers: as `Lobby.exchange` returns them: `local_facts` and, if given, `fingerprints` (a dict) and `weights` (a
-            hash) with `random_weights`.
+        peers: the `local_facts` of each process, by rank.
         config: of this process; the flags that decide are the same everywhere, or this raises.
 
     Raises:
@@ -391,19 +167,6 @@ def agree(peers: list[dict], config: WorldConfig) -> Agreement:
             ours, theirs = main["config"].get(name), peer["config"].get(name)
             if ours != theirs:
                 errors.append(f"{who} in {flag_name(name)}: {theirs!r} against {ours!r}")
-        for name, ours in main.get("fingerprints", {}).items():
-            theirs = peer["fingerprints"].get(name)
-            if ours != theirs:
-                errors.append(f"{who} in its {name}: fingerprint {str(theirs)[:12]} against {str(ours)[:12]}")
-        if peer.get("weights") != main.get("weights"):
-            if main.get("random_weights"):
-                warnings.append(
-                    f"{who} in the random initial weights (another processor); it takes those of process 0"
-                )
-            else:
-                errors.append(
-                    f"{who} in the model's weights: hash {peer['weights'][:12]} against {main['weights'][:12]}"
-                )
     if errors:
         raise UserError("\n".join([*errors, "every machine must run the same program on the same data"]))
 
@@ -429,7 +192,39 @@ def agree(peers: list[dict], config: WorldConfig) -> Agreement:
         raise UserError("--optimizer muon does not work with mixed precision fp16; use bf16 or no")
     if precision == "fp16" and not all_gpu:
         raise UserError("mixed precision fp16 needs a GPU for every process; use --mixed-precision bf16 or no")
-    return Agreement(peers=peers, backend=backend, mixed_precision=precision, warnings=warnings)
+    alike = len({(peer["device_name"], peer["instructions"], peer["threads"]) for peer in peers}) == 1
+    return Agreement(peers=peers, backend=backend, mixed_precision=precision, warnings=warnings, alike=alike)
+
+
+def compare(peers: list[dict]) -> list[str]:
+    """Compares what the processes have loaded; returns the differences that do no harm.
+
+    Args:
+        peers: by rank, `host`, `fingerprints` (a dict by name), `weights` (a hash) and `random_weights` of each.
+
+    Raises:
+        UserError: naming each peer and fingerprint that differs from the main process.
+    """
+    errors, warnings = [], []
+    main = peers[0]
+    for rank, peer in enumerate(peers):
+        who = f"{peer['host']} (process {rank}) differs from {main['host']} (process 0)"
+        for name, ours in main["fingerprints"].items():
+            theirs = peer["fingerprints"].get(name)
+            if ours != theirs:
+                errors.append(f"{who} in its {name}: fingerprint {str(theirs)[:12]} against {str(ours)[:12]}")
+        if peer["weights"] != main["weights"]:
+            if main["random_weights"]:
+                warnings.append(
+                    f"{who} in the random initial weights (another processor); it takes those of process 0"
+                )
+            else:
+                errors.append(
+                    f"{who} in the model's weights: hash {peer['weights'][:12]} against {main['weights'][:12]}"
+                )
+    if errors:
+        raise UserError("\n".join([*errors, "every machine must run the same program on the same data"]))
+    return warnings
 
 
 def check_world(world: World, num_processes: int) -> None:
@@ -459,3 +254,111 @@ def describe(agreement: Agreement) -> str:
         f"{count} process{'es' if count > 1 else ''} on {where}, "
         f"{group}{'fp32' if agreement.mixed_precision == 'no' else agreement.mixed_precision}"
     )
+
+
+def measure_bandwidth(accelerator: Accelerator) -> float:
+    """Returns the bytes per second that an all-reduce sends from each process; call on all, where there are several.
+
+    It sends no more than a slow link carries in a moment: 64 KiB, and 1 and 8 MiB only if that was quick.
+    """
+    n = accelerator.num_processes
+    for size in (1 << 16, 1 << 20, 1 << 23):
+        tensor = torch.zeros(size, dtype=torch.uint8, device=accelerator.device)
+        start = time.perf_counter()
+        dist.all_reduce(tensor)
+        tensor[0].item()  # waits for the GPU
+        seconds = gather(torch.tensor([time.perf_counter() - start], device=accelerator.device)).max().item()
+        if seconds > 0.2:
+            break
+    return 2 * (n - 1) / n * size / seconds
+
+
+class GroupTimeout:
+    """The seconds after which a collective of the process group gives up, as they follow from the run.
+
+    Twice the longest pause that processes have made for each other so far (a save, an evaluation), or four times what
+    the largest transfer takes, and at least a floor. gloo counts per operation. Make and use it on all processes.
+
+    Args:
+        accelerator: the process group.
+        model: unwrapped.
+        floor_seconds: once the first step is done; until then it is ten minutes, for what is slow but once.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, floor_seconds: float):
+        self.floor_seconds, self.pause_seconds, self.seconds = floor_seconds, 0.0, 0.0
+        self.num_bytes = min(sum(p.nbytes for p in model.parameters()), DDP_BUCKET_BYTES)
+        self.bandwidth = measure_bandwidth(accelerator) if accelerator.num_processes > 1 else 0.0
+        self._set(GROUP_START_SECONDS)
+
+    def first_step_done(self) -> None:
+        """What is slow but once, as compiling, is over."""
+        self._set(self.floor_seconds)
+
+    def paused(self, seconds: float) -> None:
+        """Notes a pause."""
+        if seconds > self.pause_seconds:
+            self.pause_seconds = seconds
+            self._set(self.floor_seconds)
+
+    def describe(self) -> dict[str, float]:
+        """Returns the time-out, in seconds, and what it follows from, for run.json."""
+        return {
+            "seconds": self.seconds,
+            "floor_seconds": self.floor_seconds,
+            "largest_transfer_bytes": self.num_bytes,
+            "bytes_per_second": self.bandwidth,
+            "longest_pause_seconds": self.pause_seconds,
+        }
+
+    def _set(self, floor_seconds: float) -> None:
+        if self.bandwidth:
+            self.seconds = max(floor_seconds, 4 * self.num_bytes / self.bandwidth, 2 * self.pause_seconds)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.seconds), dist.group.WORLD)
+
+
+def replica(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Returns all tensors that must be equal on all processes, by name: the parameters and the optimizers' states."""
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
+        for parameter, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer {number}, parameter {parameter}, {key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def find_diverged(accelerator: Accelerator, tensors: dict[str, torch.Tensor], agreement: Agreement) -> str:
+    """Compares the replicas of all processes; returns who differs and where, or nothing. Call on all processes.
+
+    Between processes that compute alike each bit counts: a 64-bit xxh3 hash travels. Between others (a GPU and a CPU,
+    other numbers of threads) rounding differs, and the norms of the tensors are compared, to a thousandth.
+    """
+    if accelerator.num_processes == 1:
+        return ""
+    if agreement.alike:
+        hashes = [xxhash.xxh3_64_intdigest(_bytes(tensor)) for tensor in tensors.values()]
+        total = xxhash.xxh3_64_intdigest(str(hashes).encode()) >> 1  # fits an int64
+        if gather(torch.tensor([total], device=accelerator.device)).unique().numel() == 1:
+            return ""
+        rows = gather_object([hashes])
+    else:
+        rows = gather_object([[tensor.double().norm().item() for tensor in tensors.values()]])
+    odd: dict[int, list[str]] = {}
+    for name, values in zip(tensors, zip(*rows, strict=True), strict=True):
+        if agreement.alike:
+            usual = Counter(values).most_common(1)[0][0]  # of two that differ, the first
+            differ = [rank for rank, value in enumerate(values) if value != usual]
+        else:
+            usual = sorted(values)[(len(values) - 1) // 2]
+            differ = [rank for rank, value in enumerate(values) if not abs(value - usual) <= 1e-3 * abs(usual) + 1e-12]
+        for rank in differ:
+            odd.setdefault(rank, []).append(name)
+    return "; ".join(
+        f"the replica of process {rank} on {agreement.peers[rank]['host']} differs from "
+        f"{'process 0' if len(rows) == 2 else 'the others'} in {len(names)} of {len(tensors)} tensors ({names[0]}, …)"
+        for rank, names in odd.items()
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -7,16 +7,23 @@ Every flag of the scripts is a field here and every field is a flag; `--model-na
 import argparse
 import difflib
 import math
+import os
 import re
 import shutil
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch.distributed as dist
 import yaml
+from accelerate.utils import get_cpu_distributed_information, str_to_bool
 from transformers import HfArgumentParser
 
 ConfigT = TypeVar("ConfigT")
+WIZARD_CURE = (
+    "a YAML with `distributed_type: MULTI_CPU` starts one process on each machine, and each would train a model of "
+    "its own. Change these two lines of the YAML:\n    distributed_type: MULTI_GPU\n    use_cpu: true"
+)
 
 
 class UserError(ValueError):
@@ -27,6 +34,68 @@ def flag(default: Any, help: str, unit: str = "", **kwargs: Any) -> Any:
     """Returns a dataclass field with its one line of `--help`; `unit` stands for the value on the command line."""
     metadata = {"help": help, **({"metavar": unit} if unit else {}), **kwargs}
     return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that the launcher means to start, and this one's place among them.
+
+    Attributes:
+        process_index: rank of this process.
+        num_processes: processes on all machines.
+        local_process_index: its number on this machine.
+        num_local_processes: processes on this machine.
+        main_address, main_port: where the main machine's store listens; an empty address where there is one process.
+        attempt: how often the launcher has restarted the processes.
+    """
+
+    process_index: int = 0
+    num_processes: int = 1
+    local_process_index: int = 0
+    num_local_processes: int = 1
+    main_address: str = ""
+    main_port: int = 0
+    attempt: int = 0
+
+    @property
+    def machine(self) -> int:
+        """The rank of the first process on this machine, which does its file work."""
+        return self.process_index - self.local_process_index
+
+    @property
+    def is_local_main(self) -> bool:
+        """Whether this process is the first one on its machine."""
+        return self.local_process_index == 0
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """Reads what accelerate, torchrun, mpirun or a notebook's launcher has left in the environment.
+
+        Raises:
+            UserError: the launcher has named a main machine, but has started a process without a rank.
+        """
+        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")):
+                raise UserError(f"the YAML asks for {name}, but this program trains data-parallel alone: take it out")
+        ranks = get_cpu_distributed_information()
+        if ranks.world_size == 1:
+            if "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+                address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+                raise UserError(
+                    f"the launcher names a main machine ({address}), but this process got no rank in a world: "
+                    + WIZARD_CURE
+                )
+            return cls()
+        in_group = dist.is_available() and dist.is_initialized()  # as under accelerate's debug_launcher
+        return cls(
+            process_index=dist.get_rank() if in_group else ranks.rank,
+            num_processes=ranks.world_size,
+            local_process_index=ranks.local_rank,
+            num_local_processes=ranks.local_world_size,
+            main_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            main_port=int(os.environ.get("MASTER_PORT", 29500)),
+            attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        )
 
 
 @dataclass(kw_only=True)
@@ -152,9 +221,27 @@ class OutputConfig:
     output_dir: str = flag(MISSING, "run folder", "FOLDER")
     checkpoint_every: int = flag(500, "write a checkpoint every so many steps, and at the end; 0: never", "STEPS")
     keep_checkpoints: int = flag(2, "how many checkpoints to keep", "COUNT")
+    keep_best: bool = flag(False, "keep the checkpoint with the lowest held-out loss too")
+    checkpoint_async: bool = flag(True, "write checkpoints in the background")
+    checkpoint_machines: str = flag("all", "machines that keep checkpoints: all, main, or the first N", "WHICH")
     resume: str = flag("auto", "auto (go on in the run folder), never, or a checkpoint's path", "HOW")
     log_every: int = flag(10, "log every so many steps; 0 for never", "STEPS")
     report_to: str = flag("none", "trackers beside metrics.jsonl: tensorboard, trackio, wandb, all", "NAMES")
+
+
+@dataclass(kw_only=True)
+class FaultConfig:
+    """What happens when something goes wrong, and when the run is told to stop."""
+
+    _argument_group_name = "faults"
+
+    grace_seconds: float = flag(60.0, "after SIGTERM or Ctrl-C: time to finish the step and save", "SECONDS")
+    timeout_seconds: float = flag(60.0, "a machine that is silent for so long is lost", "SECONDS")
+    check_replicas_every: int = flag(100, "compare the processes' weights every so many steps; 0: at saves", "STEPS")
+    on_nonfinite: Literal["stop", "skip"] = flag(
+        "stop", "at a loss or gradient that is not finite: stop, or skip the step", "HOW"
+    )
+    max_skipped_steps: int = flag(10, "of --on-nonfinite skip: stop after so many in a row", "STEPS")
 
 
 @dataclass(kw_only=True)
@@ -174,6 +261,7 @@ class WorldConfig:
 @dataclass(kw_only=True)
 class TrainConfig(
     WorldConfig,
+    FaultConfig,
     OutputConfig,
     OptimizationConfig,
     BatchConfig,
@@ -206,6 +294,10 @@ class TrainConfig(
             "checkpoint_every": 0,
             "keep_checkpoints": 1,
             "log_every": 0,
+            "grace_seconds": 1,
+            "timeout_seconds": 2,
+            "check_replicas_every": 0,
+            "max_skipped_steps": 1,
         }
         wrong = [
             f"{flag_name(name)} is {getattr(self, name)}, but must be at least {least}"
@@ -227,6 +319,10 @@ class TrainConfig(
             for name in ("learning_rate", "epochs", "weight_decay", "max_grad_norm")
             if not math.isfinite(getattr(self, name))
         ]
+        if self.checkpoint_machines not in ("all", "main") and not re.fullmatch(
+            "[1-9][0-9]*", self.checkpoint_machines
+        ):
+            wrong.append(f"--checkpoint-machines {self.checkpoint_machines}: expected all, main, or a number from 1")
         if self.eval_fraction and self.eval_dataset_path:
             wrong.append("--eval-fraction and --eval-dataset-path were both given; give one of them")
         if self.optimizer == "muon" and self.mixed_precision == "fp16":
@@ -258,7 +354,8 @@ class LaunchConfig:
     processes_per_node: int = flag(0, "processes on this machine; 0 for one per GPU, or one", "COUNT")
     master_addr: str = flag("", "address of the main machine; needed where there are several", "ADDRESS")
     master_port: int = flag(29500, "port on the main machine", "PORT")
-    join_timeout: float = flag(600.0, "how long the main machine waits for the others", "SECONDS")
+    join_timeout: float = flag(600.0, "how long the machines wait for a missing one", "SECONDS")
+    max_restarts: int = flag(0, "how often the launcher is started anew after a failure", "COUNT")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -1,10 +1,13 @@
 """What a run measures: `evaluate.Metric` classes, evaluation over all processes, a step's times, metrics.jsonl."""
 
 import json
+import logging
 import math
 import resource
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from forge_lib.config import UserError
 
 IGNORED = -100  # the label that counts for nothing
+logger = logging.getLogger("forge")
 
 
 class _TokenMetric(evaluate.Metric):
@@ -109,7 +113,12 @@ def load_metrics(names: list[str]) -> list[evaluate.Metric]:
 
 @torch.no_grad()
 def evaluate_model(
-    accelerator: Accelerator, model: nn.Module, dataset: Dataset, batch_size: int, tokens_per_byte: float
+    accelerator: Accelerator,
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int,
+    tokens_per_byte: float,
+    meet: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Returns loss, perplexity, bits_per_byte, next_token_accuracy and eval_tokens over all blocks of `dataset`.
 
@@ -121,6 +130,7 @@ def evaluate_model(
         dataset: blocks as of batches.BlockDataset; each process takes every num_processes-th.
         batch_size: sequences per forward pass.
         tokens_per_byte: tokens of the data over its UTF-8 bytes.
+        meet: waits for the other processes before the sums are gathered, however long the slowest one takes.
     """
     was_training = model.training
     model = accelerator.unwrap_model(model)
@@ -138,6 +148,7 @@ def evaluate_model(
         correct = (logits.argmax(-1) == labels).sum()  # IGNORED is never predicted
         sums += torch.tensor([loss.item(), (labels != IGNORED).sum().item(), correct.item()], dtype=torch.float64)
     model.train(was_training)
+    meet()
     rows = gather(sums.to(accelerator.device, sum_dtype(accelerator.device))[None]).cpu().double()
     columns = {
         "loss_sum": rows[:, 0].tolist(),
@@ -243,6 +254,53 @@ def model_flops_per_token(model: nn.Module, sequence_length: int) -> float:
     return flops + 12 * layers * width * sequence_length
 
 
+class Throughput:
+    """Tokens per second of all processes, and the part of their measured speed that it is.
+
+    Args:
+        model: unwrapped.
+        sequence_length: tokens per sequence.
+        peak_flops: FLOP/s of a large matrix product, of all processes together.
+    """
+
+    def __init__(self, model: nn.Module, sequence_length: int, peak_flops: float):
+        self._flops_per_token, self._peak_flops = model_flops_per_token(model, sequence_length), peak_flops
+        self._tokens, self._seconds = 0, 0.0
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        """Counts a step."""
+        self._tokens += num_tokens
+        self._seconds += seconds
+
+    def take(self) -> tuple[float, float]:
+        """Returns tokens per second and model FLOP/s utilization since it was last asked."""
+        speed = self._tokens / self._seconds
+        self._tokens, self._seconds = 0, 0.0
+        return speed, speed * self._flops_per_token / self._peak_flops
+
+
+class SpikeDetector:
+    """Finds losses that lie far above those before them.
+
+    A spike lies more than `num_deviations` above the median of the last `window` losses, in units of their median
+    absolute deviation (times 1.4826: the standard deviation of a normal distribution).
+    """
+
+    def __init__(self, window: int = 50, num_deviations: float = 8.0):
+        self._losses, self._num_deviations = deque(maxlen=window), num_deviations
+
+    def usual(self, loss: float) -> float | None:
+        """Notes a step's loss; returns the usual one where this one is a spike, else nothing."""
+        usual = None
+        if len(self._losses) == self._losses.maxlen:
+            median = float(np.median(self._losses))
+            deviation = 1.4826 * float(np.median(np.abs(np.array(self._losses) - median)))
+            if loss > median + self._num_deviations * max(deviation, 1e-3 * abs(median)):
+                usual = median
+        self._losses.append(loss)
+        return usual
+
+
 class MetricsLog:
     """metrics.jsonl in the run folder: one JSON object a line, written by the main process as it happens.
 
@@ -253,14 +311,22 @@ class MetricsLog:
 
     def __init__(self, folder: Path, enabled: bool):
         self._path = folder / "metrics.jsonl" if enabled else None
+        self._torn = False  # whether the last line may be half a line
         if enabled and self._path.exists():
             text = self._path.read_bytes()
             if not text.endswith(b"\n"):  # a line that a killed run has not finished
                 self._path.write_bytes(text[: text.rfind(b"\n") + 1])
 
     def write(self, **row) -> None:
-        """Appends a row; floats that JSON does not know (inf, nan) become null."""
-        if self._path:
-            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        """Appends a row; floats that JSON does not know (inf, nan) become null. A full disk is no reason to stop."""
+        if not self._path:
+            return
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        line = "\n" * self._torn + json.dumps(row, ensure_ascii=False) + "\n"
+        try:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(line)
+            self._torn = False
+        except OSError as error:
+            self._torn = True
+            logger.warning(f"{self._path} cannot be written to: {error.strerror}; the run goes on")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import xxhash
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -76,6 +76,15 @@ def _load(loader: Callable, config: ModelNameConfig, /, **options):
 def load_tokenizer(config: ModelNameConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of `config.model_name`; UserError where there is none."""
     return _load(AutoTokenizer.from_pretrained, config)
+
+
+def is_here(model_name: str) -> bool:
+    """Tells whether a model lies on this machine, or is one of the Hub that can be had here."""
+    path = Path(model_name).expanduser()
+    if path.exists() or path.suffix == ".gguf":
+        return True
+    is_path = path.is_absolute() or model_name.startswith((".", "~")) or model_name.count("/") > 1
+    return not is_path and (isinstance(try_to_load_from_cache(model_name, "config.json"), str) or _hub_answers())
 
 
 def has_weights(model_name: str) -> bool:

@@ -22,7 +22,17 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from forge_lib import batches, cluster, corpus, metrics
 from forge_lib import model as models
-from forge_lib.config import BlockConfig, DataConfig, ModelNameConfig, UserError, WorldConfig, flag, parse_config
+from forge_lib.config import (
+    BlockConfig,
+    DataConfig,
+    ModelNameConfig,
+    UserError,
+    World,
+    WorldConfig,
+    flag,
+    parse_config,
+)
+from forge_lib.peers import Peers, one_message
 
 
 @dataclass(kw_only=True)
@@ -54,40 +64,50 @@ class EvaluateConfig(MeasureConfig, WorldConfig, BlockConfig, DataConfig, ModelN
 
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Prints the results as JSON on the main process, and returns them on all. Call on all processes."""
-    world = cluster.World.from_environment()
-    with cluster.Lobby(world) as lobby:
+    world = World.from_environment()
+    with Peers(world) as peers:
         device = cluster.choose_device(config.device, world)
         tokenizer = models.load_tokenizer(config)
         model = models.load_trained_model(config)
         models.check_positions(model.config, config.sequence_length)
-        store = corpus.prepare_store(config, tokenizer, progress=lobby.say)
+        store = corpus.prepare_store(config, tokenizer, progress=peers.say)
         stream = batches.TokenStream(store.tokens, store.documents)
         if config.eval_fraction:
             _, stream = batches.split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
         dataset = batches.BlockDataset(stream, config.sequence_length, config.mask_documents, keep_tail=True)
         written_metrics = metrics.load_metrics(config.metrics)
-        facts = cluster.local_facts(config, world, device)
-        facts |= {"fingerprints": {"--dataset-path": store.fingerprint}, "weights": models.hash_weights(model)}
-        agreement = cluster.agree(lobby.exchange(facts), config)
+        agreement = cluster.agree(peers.exchange(cluster.local_facts(config, world, device)), config)
+        facts = {"host": peers.host, "weights": models.hash_weights(model), "random_weights": False}
+        facts["fingerprints"] = {"--dataset-path": store.fingerprint}
+        cluster.compare(peers.exchange(facts, "inputs"))
+        for line in agreement.warnings if world.process_index == 0 else []:
+            print(line, file=sys.stderr)
 
-    handlers = [InitProcessGroupKwargs(backend=agreement.backend, timeout=timedelta(minutes=10))]
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=agreement.mixed_precision,
-        kwargs_handlers=handlers if world.num_processes > 1 else [],
-    )
-    cluster.check_world(world, accelerator.num_processes)
-    model.to(accelerator.device)
-    tokens_per_byte = store.manifest["num_tokens"] / store.manifest["num_text_bytes"]
-    results = metrics.evaluate_model(accelerator, model, dataset, config.micro_batch_size, tokens_per_byte)
-    if accelerator.is_main_process:
-        if written_metrics:
-            predictions, references = write_on(config, model, tokenizer, stream)
-            for metric in written_metrics:
-                results |= metric.compute(predictions=predictions, references=references)
-        print(json.dumps(results, indent=2, default=float))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        handlers = [InitProcessGroupKwargs(backend=agreement.backend, timeout=timedelta(minutes=10))]
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=agreement.mixed_precision,
+            kwargs_handlers=handlers if world.num_processes > 1 else [],
+        )
+        cluster.check_world(world, accelerator.num_processes)
+        model.to(accelerator.device)
+        tokens_per_byte = store.manifest["num_tokens"] / store.manifest["num_text_bytes"]
+        results = metrics.evaluate_model(
+            accelerator,
+            model,
+            dataset,
+            config.micro_batch_size,
+            tokens_per_byte,
+            meet=lambda: peers.meet("evaluated"),
+        )
+        if accelerator.is_main_process:
+            if written_metrics:
+                predictions, references = write_on(config, model, tokenizer, stream)
+                for metric in written_metrics:
+                    results |= metric.compute(predictions=predictions, references=references)
+            print(json.dumps(results, indent=2, default=float))
+        peers.meet("end")
+        accelerator.end_training()
     return results
 
 
@@ -111,5 +131,5 @@ def write_on(config: EvaluateConfig, model, tokenizer, stream: batches.TokenStre
 
 
 if __name__ == "__main__":
-    with cluster.one_message("evaluate.py"):
+    with one_message("evaluate.py"):
         main(parse_config(EvaluateConfig, sys.argv[1:], description=__doc__))

@@ -10,8 +10,8 @@ import torch
 from transformers import TextStreamer
 
 from forge_lib import model as models
-from forge_lib.cluster import one_message
 from forge_lib.config import ModelNameConfig, UserError, flag, parse_config
+from forge_lib.peers import one_message
 
 
 @dataclass(kw_only=True)

@@ -12,8 +12,8 @@ from dataclasses import MISSING, dataclass
 
 from forge_lib import corpus
 from forge_lib import model as models
-from forge_lib.cluster import one_message
 from forge_lib.config import DataConfig, ModelNameConfig, UserError, flag, parse_config
+from forge_lib.peers import one_message
 
 
 @dataclass(kw_only=True)

@@ -18,127 +18,137 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import sys
+import threading
 import time
-import warnings
-from datetime import timedelta
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.utils import gather, gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from forge_lib import batches, checkpoint, cluster, corpus, metrics
+from forge_lib import batches, checkpoint, cluster, control, metrics, start
 from forge_lib import model as models
-from forge_lib.config import TrainConfig, UserError, parse_config
+from forge_lib.config import TrainConfig, UserError, World, flag_name, parse_config
+from forge_lib.peers import DivergedError, Peers, Stopped, one_message
 
 logger = logging.getLogger("forge")
 
+MAX_OVERFLOWS = 50  # steps in a row that fp16's gradient scaler may leave out
+
 
 def main(config: TrainConfig) -> Path:
-    """Trains as `config` says and returns the folder of the final model. Call on all processes."""
+    """Trains as `config` says and returns the folder of the final model. Call on all processes.
+
+    Raises:
+        UserError: a person's mistake, on any machine.
+        PeerLostError, DivergedError: another process is lost, or computes something else.
+        Stopped: the run was told to stop; it is saved.
+    """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    output_dir = Path(config.output_dir)
-
-    # The lobby: all that a person can get wrong is found here, on any machine, before a process group exists.
-    world = cluster.World.from_environment()
-    with cluster.Lobby(world) as lobby:
-        device = cluster.choose_device(config.device, world)
-        shares = batches.divide_batch(config.batch_size, config.shares, world.num_processes)
+    world = World.from_environment()
+    control.die_with_launcher(world)
+    output_dir = Path(config.output_dir).expanduser()
+    with (
+        control.StopRequest(Stopped) as stop,
+        Peers(world, config.timeout_seconds) as peers,
+        control.RunLock(output_dir) as lock,
+    ):
         trackers = metrics.check_trackers(config.report_to)
-        tokenizer = models.load_tokenizer(config)
-        torch.manual_seed(config.seed)
-        model = models.load_model(config, len(tokenizer), config.sequence_length)
-        if config.mask_documents:
-            models.check_document_mask(model)
-        store = corpus.prepare_store(config, tokenizer, progress=lobby.say)
-        eval_store = store
-        if config.eval_dataset_path:
-            eval_config = dataclasses.replace(config, dataset_path=config.eval_dataset_path)
-            eval_store = corpus.prepare_store(eval_config, tokenizer, progress=lobby.say)
-        dataset, eval_dataset = make_datasets(config, store, eval_store)
-        plan = batches.BatchPlan.of_run(len(dataset), config.batch_size, config.max_steps, config.epochs, config.seed)
-        random_weights = config.from_scratch or not models.has_weights(config.model_name)
-        weights = models.hash_weights(model)
-        run = describe_run(config, model, store) | {"initial_weights": "random" if random_weights else weights}
-        resume_from, passed_over = None, []
-        if world.process_index == 0:
-            make_folder(output_dir)
-            resume_from, passed_over = checkpoint.find(output_dir / "checkpoints", config.resume)
-            if resume_from:
-                checkpoint.check_run(resume_from, run, plan.num_steps)
-        lobby.say("measuring and hashing")
-        facts = cluster.local_facts(config, world, device)
-        facts["fingerprints"] = {
-            "--dataset-path": store.fingerprint,
-            "--eval-dataset-path": eval_store.fingerprint if eval_dataset else "none",
-            "model configuration": models.hash_config(model),
-            "kind of initial weights": "random" if random_weights else "pretrained",
-            "tokenizer": corpus.tokenizer_fingerprint(tokenizer),
-        }
-        facts |= {"weights": weights, "random_weights": random_weights}
-        agreement = cluster.agree(lobby.exchange(facts), config)
+        shares = batches.divide_batch(config.batch_size, config.shares, world.num_processes)
+        accelerator, agreement = start.join(config, world, peers, lock, trackers)
+        inputs = start.load_inputs(config, world, peers, agreement)
+        optimizers = models.build_optimizers(inputs.model, config)
+        state, notes = start.resume(config, world, peers, agreement, inputs, optimizers, lock)
+        saver = checkpoint.Saver(
+            output_dir / "checkpoints", config.keep_checkpoints, config.keep_best, config.checkpoint_async
+        )
+        log = metrics.MetricsLog(output_dir, accelerator.is_main_process)
+        timeout = cluster.GroupTimeout(accelerator, inputs.model, config.timeout_seconds)
+        saves = lock.held and start.keeps_checkpoints(config, world, agreement)
+        run = Run(config, world, peers, accelerator, agreement, inputs, saver, log, timeout, saves)
+        for line in (*agreement.warnings, *inputs.warnings, *notes):
+            logger.warning(line)
+        logger.info(cluster.describe(agreement))
+        logger.info(describe_batches(config, inputs.plan, shares))
+        if trackers:
+            accelerator.init_trackers("p2p-llm-forge", config=dataclasses.asdict(config))
+        return train(run, optimizers, shares, state, stop, lock)
 
-    # The process group.
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is not in torch 2.8
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    if world.num_processes > 1:
-        handlers.append(InitProcessGroupKwargs(backend=agreement.backend, timeout=timedelta(minutes=10)))
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=agreement.mixed_precision,
-        log_with=trackers or None,
-        project_dir=output_dir,
-        kwargs_handlers=handlers,
-    )
-    cluster.check_world(world, accelerator.num_processes)
-    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    optimizers = models.build_optimizers(model, config)
-    state = checkpoint.load(resume_from, accelerator, model, optimizers)
-    first_step = state["step"] if state else 0
-    model, *optimizers = accelerator.prepare(model, *optimizers)
+
+@dataclass(frozen=True)
+class Run:
+    """What all of the training loop needs; each attribute is described at its class."""
+
+    config: TrainConfig
+    world: World
+    peers: Peers
+    accelerator: Accelerator
+    agreement: cluster.Agreement
+    inputs: start.Inputs
+    saver: checkpoint.Saver
+    log: metrics.MetricsLog
+    timeout: cluster.GroupTimeout
+    saves: bool  # whether this process writes its machine's checkpoints
+
+
+def train(
+    run: Run,
+    optimizers: list[torch.optim.Optimizer],
+    shares: list[int],
+    state: dict | None,
+    stop: control.StopRequest,
+    lock: control.RunLock,
+) -> Path:
+    """Trains until the end, or until it is told to stop; all processes do the same things in the same order.
+
+    Args:
+        run: what `main` has prepared.
+        optimizers: of `run.inputs.model`.
+        shares: sequences of each global batch by process.
+        state: of the checkpoint that the model has been loaded from.
+        stop: is asked each step.
+        lock: is told each step.
+    """
+    config, accelerator, inputs, plan = run.config, run.accelerator, run.inputs, run.inputs.plan
+    model, *optimizers = accelerator.prepare(inputs.model, *optimizers)
     if accelerator.scaler and state and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     sync = metrics.GradientSync(model)
     learning_rate = models.learning_rate_schedule(config, plan.num_steps)
+    first_step = run.peers.step = state["step"] if state else 0
     sampler = batches.ShareSampler(plan, shares, accelerator.process_index, first_step)
-    loader = DataLoader(dataset, batch_sampler=sampler, pin_memory=accelerator.device.type == "cuda")
+    loader = DataLoader(inputs.dataset, batch_sampler=sampler, pin_memory=accelerator.device.type == "cuda")
+    begin_log(run, shares, state)
+    run.peers.on_lost = lambda text: last_words(run, text)
+    dtype = "fp32" if run.agreement.mixed_precision == "no" else "bf16"
+    peak_flops = sum(peer["flops"].get(dtype, peer["flops"]["fp32"]) for peer in run.agreement.peers)
+    throughput = metrics.Throughput(accelerator.unwrap_model(model), config.sequence_length, peak_flops)
+    spikes = metrics.SpikeDetector()
+    results, stopped_by, skipped, overflows = {}, "", 0, 0
 
-    for line in (*agreement.warnings, *passed_over):
-        logger.warning(line)
-    logger.info(cluster.describe(agreement))
-    logger.info(describe_batches(config, plan, shares))
-    log = metrics.MetricsLog(output_dir, accelerator.is_main_process)
-    if accelerator.is_main_process:
-        write_run(output_dir, config, agreement, plan, shares, run)
-    if trackers:
-        accelerator.init_trackers("p2p-llm-forge", config=dataclasses.asdict(config))
-    if state:
-        logger.info(f"resuming after step {first_step} of {plan.num_steps}")
-        log.write(step=first_step, event="resume", num_processes=accelerator.num_processes)
-
-    flops_per_token = metrics.model_flops_per_token(accelerator.unwrap_model(model), config.sequence_length)
-    dtype = "fp32" if agreement.mixed_precision == "no" else "bf16"
-    peak_flops = sum(peer["flops"].get(dtype, peer["flops"]["fp32"]) for peer in agreement.peers)
-    tokens_per_byte = eval_store.manifest["num_tokens"] / eval_store.manifest["num_text_bytes"]
-    results = {}
-    seconds_since, tokens_since = 0.0, 0
-
-    if eval_dataset and config.eval_every and first_step in (0, plan.num_steps):
-        results = evaluate(accelerator, model, eval_dataset, config, tokens_per_byte, log, first_step)
-
+    if inputs.eval_dataset and config.eval_every and first_step in (0, plan.num_steps):
+        results = evaluate(run, model, first_step)
+    stop.defer(lock.folder if run.world.is_local_main else None)
     bar = tqdm(total=plan.num_steps, initial=first_step, unit="step", disable=not_a_terminal(accelerator))
     with bar, logging_redirect_tqdm():
         batch_iterator = iter(loader)
         for step in range(first_step, plan.num_steps):  # counts from 0; steps done are logged, from 1
             step_start = time.perf_counter()
+            run.peers.say("reading its batch")
+            inputs.store.check_unchanged()
             batch = next(batch_iterator)
             data_seconds = time.perf_counter() - step_start
-            torch.manual_seed(hash((config.seed, step, world.process_index)) % (1 << 63))  # for dropout
-            num_targets = max(1, dataset.num_targets(plan.batch(step)))
+            run.peers.say("computing")
+            torch.manual_seed(hash((config.seed, step, accelerator.process_index)) % (1 << 63))  # for dropout
+            num_targets = max(1, inputs.dataset.num_targets(plan.batch(step)))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step)
@@ -147,40 +157,59 @@ def main(config: TrainConfig) -> Path:
             micro_batches = split_batch(batch, config.micro_batch_size)
             losses = []
             for number, micro_batch in enumerate(micro_batches):
-                inputs = {name: t.to(accelerator.device, non_blocking=True) for name, t in micro_batch.items()}
-                labels = inputs.pop("labels")
+                micro_inputs = {name: t.to(accelerator.device, non_blocking=True) for name, t in micro_batch.items()}
+                labels = micro_inputs.pop("labels")
                 last = number == len(micro_batches) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    logits = model(**inputs, use_cache=False).logits
+                    logits = model(**micro_inputs, use_cache=False).logits
                     loss = models.next_token_loss(logits, labels)
+                    losses.append(loss.detach())
+                    if last:  # it travels behind the backward pass
+                        totals, wait_for_totals = begin_totals(run, losses, stop.reason())
                     accelerator.backward(loss * accelerator.num_processes / num_targets)
-                losses.append(loss.detach())
             sync.backward_done()
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf"))
-            if not torch.isfinite(grad_norm):  # the same on all processes; a CPU-GPU sync point
-                stop_if_not_finite(accelerator, step + 1, losses, sampler.share(step), config)
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or float("inf")).item()
+            wait_for_totals()
+            loss_sum, num_stopping = totals.tolist()  # the same on all processes, as grad_norm is
+            mean_loss = loss_sum / num_targets
+
+            # An infinite gradient of finite losses is fp16's overflow, and the business of its gradient scaler.
+            step_done = step + 1
+            if math.isfinite(loss_sum) and (math.isfinite(grad_norm) or accelerator.scaler):
+                for optimizer in optimizers:
+                    optimizer.step()
+                skipped = 0
+                overflows = overflows + 1 if accelerator.optimizer_step_was_skipped else 0
+                if overflows > MAX_OVERFLOWS:
+                    raise UserError(f"step {step_done}: {overflows} steps in a row overflow fp16; use bf16 or no")
+            else:
+                skipped += 1
+                skip_step(run, step_done, losses, sampler.share(step), skipped)
             for optimizer in optimizers:
-                optimizer.step()
                 optimizer.zero_grad()
 
-            step_done = step + 1
+            run.peers.step = step_done
+            lock.at(step_done)
+            if step == first_step:
+                run.timeout.first_step_done()
+                write_run(run, shares)
             sync_seconds, bytes_sent = sync.take()
             step_seconds = time.perf_counter() - step_start
-            seconds_since += step_seconds
-            tokens_since += len(plan.batch(step)) * config.sequence_length
+            throughput.add(len(plan.batch(step)) * config.sequence_length, step_seconds)
             bar.update()
+            usual_loss = spikes.usual(mean_loss)
+            if usual_loss is not None:
+                logger.warning(f"step {step_done}: loss {mean_loss:.4f} is a spike, usual is {usual_loss:.4f}")
+                run.log.write(step=step_done, event="loss_spike", loss=mean_loss, usual_loss=usual_loss)
             if is_due(config.log_every, step_done, plan.num_steps):
-                mine = [torch.stack(losses).sum().item(), metrics.peak_memory_bytes(accelerator.device)]
-                all_of = gather(
-                    torch.tensor([mine], dtype=metrics.sum_dtype(accelerator.device), device=accelerator.device)
-                ).cpu()
-                tokens_per_second = tokens_since / seconds_since
+                peak = torch.tensor([metrics.peak_memory_bytes(accelerator.device)], device=accelerator.device)
+                tokens_per_second, mfu = throughput.take()
                 row = {
                     "step": step_done,
-                    "epoch": plan.num_samples(step_done) / len(dataset),
+                    "epoch": plan.num_samples(step_done) / len(inputs.dataset),
                     "tokens": plan.num_samples(step_done) * config.sequence_length,
-                    "loss": all_of[:, 0].sum().item() / num_targets,
-                    "grad_norm": grad_norm.item(),
+                    "loss": mean_loss,
+                    "grad_norm": grad_norm,
                     "learning_rate": learning_rate(step),
                     "tokens_per_second": tokens_per_second,
                     "step_seconds": step_seconds,
@@ -188,69 +217,113 @@ def main(config: TrainConfig) -> Path:
                     "compute_seconds": step_seconds - data_seconds - sync_seconds,
                     "sync_seconds": sync_seconds,
                     "bytes_sent": bytes_sent,
-                    "mfu": tokens_per_second * flops_per_token / peak_flops,
-                    "peak_memory_bytes": int(all_of[:, 1].max()),
+                    "mfu": mfu,
+                    "peak_memory_bytes": gather(peak).max().item(),
                     "num_processes": accelerator.num_processes,
                 }
-                seconds_since, tokens_since = 0.0, 0
-                log.write(**row)
+                run.log.write(**row)
                 accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step_done)
-                bar.set_postfix(loss=f"{row['loss']:.4f}", tokens_per_second=f"{tokens_per_second:,.0f}")
+                bar.set_postfix(loss=f"{mean_loss:.4f}", tokens_per_second=f"{tokens_per_second:,.0f}")
                 logger.info(
-                    f"step {step_done}/{plan.num_steps}  loss {row['loss']:.4f}  grad norm {row['grad_norm']:.2f}  "
-                    f"lr {row['learning_rate']:.2e}  {tokens_per_second:,.0f} tokens/s"
+                    f"step {step_done}/{plan.num_steps}  loss {mean_loss:.4f}  grad norm {grad_norm:.2f}  "
+                    f"lr {learning_rate(step):.2e}  {tokens_per_second:,.0f} tokens/s"
                 )
-            if eval_dataset and is_due(config.eval_every, step_done, plan.num_steps):
-                results = evaluate(accelerator, model, eval_dataset, config, tokens_per_byte, log, step_done)
-            if accelerator.is_main_process and is_due(config.sample_every, step_done, plan.num_steps):
-                text = models.generate_text(
-                    accelerator.unwrap_model(model), tokenizer, config.sample_prompt, config.seed
-                )
-                log.write(step=step_done, event="sample", text=text)
-                logger.info(f"step {step_done}: sample: {text}")
-            if accelerator.is_main_process and is_due(config.checkpoint_every, step_done, plan.num_steps):
-                path = checkpoint.save(
-                    output_dir / "checkpoints",
-                    step_done,
-                    accelerator.unwrap_model(model),
-                    optimizers,
-                    state={
-                        "run": run,
-                        "config": dataclasses.asdict(config),
-                        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-                    },
-                    keep=config.keep_checkpoints,
-                )
-                log.write(step=step_done, event="checkpoint", path=str(path))
+            if evaluated := inputs.eval_dataset and is_due(config.eval_every, step_done, plan.num_steps):
+                results = evaluate(run, model, step_done)
+            if is_due(config.sample_every, step_done, plan.num_steps):
+                write_sample(run, model, step_done)
 
-    final = output_dir / "final"
-    if accelerator.is_main_process:
-        card = {"steps": plan.num_steps, **results, "configuration": dataclasses.asdict(config)}
-        models.save_final(accelerator.unwrap_model(model), tokenizer, final, card)
-    logger.info(f"done: the model lies in {final}, the metrics in {output_dir / 'metrics.jsonl'}")
-    accelerator.wait_for_everyone()
+            stopped_by = run.peers.read("stop") if num_stopping else ""
+            save_due = is_due(config.checkpoint_every, step_done, plan.num_steps) or bool(stopped_by)
+            if save_due or is_due(config.check_replicas_every, step_done, plan.num_steps):
+                check_replicas(run, model, optimizers, step_done)
+            if save_due:
+                if stopped_by:
+                    logger.info(f"stopping after step {step_done}: {stopped_by}")
+                    control.limit_grace(config.grace_seconds, "not saved within --grace-seconds")
+                eval_loss = results["eval_loss"] if evaluated else None
+                facts = {"learning_rate": learning_rate(step_done), "eval_loss": eval_loss}
+                save(run, model, optimizers, step_done, facts, last=bool(stopped_by))
+            report_saves(run)
+            if stopped_by:
+                break
+
+    final = lock.folder / "final"
+    finish(run, model, results, final, stopped_by)
+    stop.done()
     # DDP goes before its process group: as its last owner it would destroy it with Python's lock in hand, while
     # gloo's threads need that lock to drop their last tensors (a deadlock in torch 2.13).
     del model
     accelerator.free_memory()
     accelerator.end_training()
+    if stopped_by:
+        raise Stopped(f"stopped after step {step_done} by {stopped_by}; start it again, and it goes on from there")
     return final
 
 
-def evaluate(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    dataset: batches.BlockDataset,
-    config: TrainConfig,
-    tokens_per_byte: float,
-    log: metrics.MetricsLog,
-    step: int,
-) -> dict[str, float]:
+# What the loop does now and then
+
+
+def begin_totals(run: Run, losses: list[torch.Tensor], stop_reason: str) -> tuple[torch.Tensor, Callable[[], object]]:
+    """Begins to add up, over all processes, the step's loss and how many of them are told to stop.
+
+    Returns:
+        A tensor [2] of both, and a function that waits until it is complete.
+    """
+    if stop_reason:
+        run.peers.post("stop", stop_reason)
+    dtype = metrics.sum_dtype(run.accelerator.device)
+    totals = torch.stack([torch.stack(losses).sum().to(dtype), losses[0].new_tensor(bool(stop_reason), dtype=dtype)])
+    if run.accelerator.num_processes == 1:
+        return totals, lambda: None
+    return totals, dist.all_reduce(totals, async_op=True).wait
+
+
+def skip_step(run: Run, step: int, losses: list[torch.Tensor], samples: list[int], skipped: int) -> None:
+    """Leaves out a step whose loss or gradient is not finite, or ends the run; call on all processes.
+
+    Args:
+        step: steps done, with this one.
+        losses: of this process's micro-batches.
+        samples: of this process.
+        skipped: how many such steps there have been in a row.
+
+    Raises:
+        UserError: `--on-nonfinite stop`, or too many.
+    """
+    size = run.config.micro_batch_size
+    bad = [i for n, loss in enumerate(losses) if not torch.isfinite(loss) for i in samples[n * size : (n + 1) * size]]
+    found = [(rank, ids) for rank, ids in enumerate(gather_object([bad])) if ids]
+    where = "; ".join(f"process {rank}, samples {ids}" for rank, ids in found) or "in no loss, only in the gradient"
+    run.log.write(step=step, event="not_finite", where=where)
+    if run.config.on_nonfinite == "stop" or skipped > run.config.max_skipped_steps:
+        run.saver.wait()
+        raise UserError(
+            f"step {step}: not finite: {where} ({skipped} such step(s) in a row). The weights are as before this "
+            "step; lower --learning-rate, look at these samples, or give --on-nonfinite skip"
+        )
+    logger.warning(f"step {step} is skipped: not finite: {where}")
+    if run.accelerator.scaler:
+        run.accelerator.scaler.update()
+
+
+def evaluate(run: Run, model: torch.nn.Module, step: int) -> dict[str, float]:
     """Measures the model on the held-out blocks, logs and returns what it found. Call on all processes."""
-    results = metrics.evaluate_model(accelerator, model, dataset, config.micro_batch_size, tokens_per_byte)
+    run.peers.say("evaluating")
+    start = time.monotonic()
+    store = run.inputs.eval_store.manifest
+    results = metrics.evaluate_model(
+        run.accelerator,
+        model,
+        run.inputs.eval_dataset,
+        run.config.micro_batch_size,
+        tokens_per_byte=store["num_tokens"] / store["num_text_bytes"],
+        meet=lambda: run.peers.meet(f"evaluated/{step}"),
+    )
+    run.timeout.paused(time.monotonic() - start)
     results["eval_loss"] = results.pop("loss")
-    log.write(step=step, **results)
-    accelerator.log(results, step=step)
+    run.log.write(step=step, **results)
+    run.accelerator.log(results, step=step)
     logger.info(
         f"step {step}: held-out loss {results['eval_loss']:.4f}  perplexity {results['perplexity']:,.2f}  "
         f"{results['bits_per_byte']:.3f} bits/byte  accuracy {results['next_token_accuracy']:.1%}"
@@ -258,48 +331,116 @@ def evaluate(
     return results
 
 
-def make_folder(output_dir: Path) -> None:
-    """Makes the run folder; UserError where it cannot be written to."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "metrics.jsonl").touch()
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir} cannot be written to: {error.strerror}") from None
+def write_sample(run: Run, model: torch.nn.Module, step: int) -> None:
+    """Lets the main process write some text, for which the others wait. Call on all processes."""
+    run.peers.say("writing a sample")
+    if run.accelerator.is_main_process:
+        model = run.accelerator.unwrap_model(model)
+        text = models.generate_text(model, run.inputs.tokenizer, run.config.sample_prompt, run.config.seed)
+        run.log.write(step=step, event="sample", text=text)
+        logger.info(f"step {step}: sample: {text}")
+    run.peers.meet(f"sample/{step}")
 
 
-def make_datasets(
-    config: TrainConfig, store: corpus.TokenStore, eval_store: corpus.TokenStore
-) -> tuple[batches.BlockDataset, batches.BlockDataset | None]:
-    """Returns the blocks to train on, and the held-out ones if there are any."""
-    stream, eval_stream = batches.TokenStream(store.tokens, store.documents), None
-    if config.eval_fraction:
-        stream, eval_stream = batches.split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
-    elif config.eval_dataset_path:
-        eval_stream = batches.TokenStream(eval_store.tokens, eval_store.documents)
-    cut = (config.sequence_length, config.mask_documents)
-    return (
-        batches.BlockDataset(stream, *cut),
-        batches.BlockDataset(eval_stream, *cut, keep_tail=True) if eval_stream else None,
-    )
+def check_replicas(run: Run, model: torch.nn.Module, optimizers: list, step: int) -> None:
+    """Compares weights and optimizer state of all processes; call on all. DivergedError where they are not equal."""
+    run.peers.say("comparing its replica")
+    replica = cluster.replica(run.accelerator.unwrap_model(model), optimizers)
+    if diverged := cluster.find_diverged(run.accelerator, replica, run.agreement):
+        run.saver.wait()
+        run.log.write(step=step, event="diverged", message=diverged)
+        raise DivergedError(f"step {step}: {diverged}; its memory is faulty, or something has changed it")
 
 
-def describe_run(config: TrainConfig, model: torch.nn.Module, store: corpus.TokenStore) -> dict:
-    """Returns what a run is, whatever its length and learning rate: a checkpoint goes on in the same run alone."""
-    same = (
-        "lora_rank",
-        "lora_alpha",
-        "batch_size",
-        "sequence_length",
-        "mask_documents",
-        "eval_fraction",
-        "optimizer",
-        "seed",
-    )
+def save(run: Run, model: torch.nn.Module, optimizers: list, step: int, facts: dict, last: bool) -> None:
+    """Saves a checkpoint on each machine that keeps them; call on all processes.
+
+    Args:
+        step: steps done.
+        facts: of this step, for the checkpoint's state.
+        last: the run ends with it: it is waited for, and outlives a launcher that kills this process.
+    """
+    run.peers.say("saving")
+    start = time.monotonic()
+    run.saver.wait()
+    run.peers.meet(f"save/{step}")  # a slow disk of one machine is waited for here, where waiting has no time-out
+    if run.saves:
+        write = run.saver.save_outliving if last else run.saver.save
+        write(step, run.accelerator.unwrap_model(model), optimizers, describe_state(run, step) | facts)
+    if last or not run.config.checkpoint_async:
+        run.peers.meet(f"saved/{step}")
+    run.timeout.paused(time.monotonic() - start)
+
+
+def report_saves(run: Run) -> None:
+    """Says which checkpoints have been written since it was last asked, and which could not be."""
+    for outcome in run.saver.outcomes():
+        if outcome.error:
+            logger.error(f"the checkpoint of step {outcome.step} could not be written: {outcome.error}; going on")
+            run.log.write(step=outcome.step, event="checkpoint_failed", error=outcome.error)
+        else:
+            run.log.write(step=outcome.step, event="checkpoint", path=str(outcome.path), seconds=outcome.seconds)
+
+
+def last_words(run: Run, text: str) -> None:
+    """When a peer is lost: the save that is under way is finished, and the log says what happened."""
+    waiting = threading.Thread(target=run.saver.wait, daemon=True)
+    waiting.start()
+    waiting.join(run.config.grace_seconds)
+    report_saves(run)
+    run.log.write(step=run.peers.step, event="peer_lost", message=text)
+
+
+def finish(run: Run, model: torch.nn.Module, results: dict, final: Path, stopped_by: str) -> None:
+    """Waits for the last checkpoint and, unless the run was stopped, writes the final model; call on all processes."""
+    run.peers.say("finishing")
+    run.saver.wait()
+    report_saves(run)
+    if stopped_by:
+        run.log.write(step=run.peers.step, event="stop", reason=stopped_by)
+    elif run.accelerator.is_main_process:
+        card = {"steps": run.peers.step, **results, "configuration": dataclasses.asdict(run.config)}
+        models.save_final(run.accelerator.unwrap_model(model), run.inputs.tokenizer, final, card)
+        logger.info(f"done: the model lies in {final}, the metrics in {final.with_name('metrics.jsonl')}")
+    run.peers.meet("end")
+    if stopped_by:
+        run.peers.release_launchers()
+
+
+# What is written of the run
+
+
+def begin_log(run: Run, shares: list[int], state: dict | None) -> None:
+    """Writes run.json and, of a run that goes on, where and with which other settings."""
+    write_run(run, shares)
+    if state:
+        now = run.agreement.peers[0]["config"] | {"mixed_precision": run.agreement.mixed_precision}
+        changed = changed_settings(state["config"], now)
+        logger.info("; ".join([f"resuming after step {state['step']} of {run.inputs.plan.num_steps}", *changed]))
+        run.log.write(step=state["step"], event="resume", num_processes=run.accelerator.num_processes, changed=changed)
+
+
+def describe_state(run: Run, step: int) -> dict:
+    """Returns what a checkpoint says beside its tensors: the same on all machines."""
+    num_samples, num_blocks = run.inputs.plan.num_samples(step), run.inputs.plan.num_blocks
+    scaler = run.accelerator.scaler
     return {
-        "data": store.fingerprint,
-        "model": f"{model.config.model_type} of {sum(p.numel() for p in model.parameters()):,} parameters",
-        **{name: getattr(config, name) for name in same},
+        "run": run.inputs.run,
+        "config": run.agreement.peers[0]["config"] | {"mixed_precision": run.agreement.mixed_precision},
+        "world": [{"host": peer["host"], "device": peer["device_name"]} for peer in run.agreement.peers],
+        "sampler": {"num_samples": num_samples, "num_blocks": num_blocks, "epoch": num_samples / num_blocks},
+        "random": {"seed": run.config.seed, "of_a_step": "hash((seed, step, process_index))"},
+        "scaler": scaler.state_dict() if scaler else None,
     }
+
+
+def changed_settings(before: dict, now: dict) -> list[str]:
+    """Returns which flags are other than when the checkpoint was written."""
+    return [
+        f"{flag_name(name)} was {before[name]!r} and is now {value!r}"
+        for name, value in now.items()
+        if name in before and before[name] != value and name != "resume"
+    ]
 
 
 def describe_batches(config: TrainConfig, plan: batches.BatchPlan, shares: list[int]) -> str:
@@ -314,24 +455,21 @@ def describe_batches(config: TrainConfig, plan: batches.BatchPlan, shares: list[
     )
 
 
-def write_run(
-    output_dir: Path,
-    config: TrainConfig,
-    agreement: cluster.Agreement,
-    plan: batches.BatchPlan,
-    shares: list[int],
-    run: dict,
-) -> None:
-    """Writes run.json: what the run is, for people and programs."""
+def write_run(run: Run, shares: list[int]) -> None:
+    """Writes run.json on the main process: what the run is, for people and programs."""
+    if not run.accelerator.is_main_process:
+        return
     content = {
-        "config": dataclasses.asdict(config),
-        "batches": dataclasses.asdict(plan) | {"shares": shares},
-        "world": [{k: v for k, v in peer.items() if k != "config"} for peer in agreement.peers],
-        "backend": agreement.backend,
-        "mixed_precision": agreement.mixed_precision,
-        "run": run,
+        "config": dataclasses.asdict(run.config),
+        "batches": dataclasses.asdict(run.inputs.plan) | {"shares": shares},
+        "world": [{k: v for k, v in peer.items() if k != "config"} for peer in run.agreement.peers],
+        "backend": run.agreement.backend,
+        "mixed_precision": run.agreement.mixed_precision,
+        "process_group_timeout": run.timeout.describe(),
+        "run": run.inputs.run,
     }
-    (output_dir / "run.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (Path(run.config.output_dir).expanduser() / "run.json").write_text(text, encoding="utf-8")
 
 
 def split_batch(batch: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
@@ -345,30 +483,11 @@ def is_due(every: int, step: int, num_steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == num_steps)
 
 
-def stop_if_not_finite(
-    accelerator: Accelerator, step: int, losses: list[torch.Tensor], samples: list[int], config: TrainConfig
-) -> None:
-    """Ends the run on all processes, before any weight is touched, where a loss is not finite. Call on all processes.
-
-    An infinite gradient of finite losses is fp16's overflow, and its gradient scaler's business.
-    """
-    size = config.micro_batch_size
-    bad = [i for n, loss in enumerate(losses) if not torch.isfinite(loss) for i in samples[n * size : (n + 1) * size]]
-    found = [(rank, ids) for rank, ids in enumerate(gather_object([bad])) if ids]
-    if not found and accelerator.scaler is not None:
-        return
-    where = "; ".join(f"process {rank}, samples {ids}" for rank, ids in found) or "in no loss, only in the gradient"
-    raise UserError(
-        f"step {step}: not finite: {where}. The weights are as they were before this step; "
-        "lower --learning-rate, or look at these samples"
-    )
-
-
 def not_a_terminal(accelerator: Accelerator) -> bool:
     """Tells whether this process shall show no progress bar."""
     return not (accelerator.is_main_process and sys.stderr.isatty())
 
 
 if __name__ == "__main__":
-    with cluster.one_message("train.py"):
+    with one_message("train.py"):
         main(parse_config(TrainConfig, sys.argv[1:], description=__doc__))

@@ -1,18 +1,11 @@
 """What the processes settle before they train."""
 
 import copy
-import json
-import socket
-import sys
-import threading
-from datetime import timedelta
 
 import pytest
-import torch.distributed as dist
-from conftest import QUIET, SHORT, processes
 
 from forge_lib import cluster
-from forge_lib.config import UserError, WorldConfig
+from forge_lib.config import UserError, World, WorldConfig
 
 PEER = {
     "host": "alice",
@@ -24,6 +17,8 @@ PEER = {
     "launcher_mixed_precision": "no",
     "versions": {"python": "3.11.7", "torch": "2.13.0+cpu", "accelerate": "1.15.0", "transformers": "5.23.0"},
     "config": {"learning_rate": 1e-3, "mixed_precision": "auto"},
+    "threads": 2,
+    "instructions": "AVX2",
     "fingerprints": {"--dataset-path": "a" * 64},
     "weights": "c" * 32,
     "random_weights": False,
@@ -57,6 +52,7 @@ def two(**changes) -> list[dict]:
 def test_a_difference_names_the_peer_and_the_field(changes, message):
     with pytest.raises(UserError) as error:
         cluster.agree(two(**changes), WorldConfig())
+        cluster.compare(two(**changes))
     assert message in str(error.value)
 
 
@@ -66,7 +62,8 @@ def test_a_difference_names_the_peer_and_the_field(changes, message):
 def test_a_difference_that_does_no_harm_is_a_warning(changes):
     peers = two(**changes)
     peers[0]["random_weights"] = "random_weights" in changes
-    assert "bob (process 1) differs" in cluster.agree(peers, WorldConfig()).warnings[0]
+    warnings = cluster.agree(peers, WorldConfig()).warnings + cluster.compare(peers)
+    assert "bob (process 1) differs" in warnings[0]
     assert not cluster.agree(two(versions__torch="2.13.0"), WorldConfig()).warnings
 
 
@@ -103,93 +100,33 @@ def test_the_backend_is_nccl_where_every_process_has_a_gpu():
 def test_a_launcher_that_gives_no_rank_is_refused_with_the_lines_to_change(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     with pytest.raises(UserError) as error:
-        cluster.World.from_environment()
+        World.from_environment()
     assert "distributed_type: MULTI_GPU\n    use_cpu: true" in str(error.value)
 
 
 def test_a_yaml_for_another_kind_of_training_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="asks for FSDP"):
-        cluster.World.from_environment()
+        World.from_environment()
 
 
 def test_a_world_that_came_up_smaller_is_refused():
-    cluster.check_world(cluster.World(), 1)
+    cluster.check_world(World(), 1)
     with pytest.raises(UserError, match="meant a world of 2 processes, but 1 came up"):
-        cluster.check_world(cluster.World(num_processes=2), 1)
+        cluster.check_world(World(num_processes=2), 1)
 
 
 def test_the_interface_is_the_one_that_routes_to_the_main_machine(monkeypatch):
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    world = cluster.World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=29500)
+    world = World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=29500)
     assert cluster.choose_interface(world) == ("lo", "127.0.0.1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine0")
     assert cluster.choose_interface(world)[0] == "mine0", "the user's choice stands"
 
 
 def test_a_main_machine_whose_name_does_not_resolve_is_named():
-    world = cluster.World(num_processes=2, main_address="no-such-host.invalid", main_port=29500)
+    world = World(num_processes=2, main_address="no-such-host.invalid", main_port=29500)
     with pytest.raises(UserError, match=r"'no-such-host\.invalid' does not resolve"):
         cluster.choose_interface(world)
-
-
-def test_waiting_says_for_whom_and_how_far_they_are(free_port, monkeypatch, capsys):
-    """Rank 1 tokenizes for longer than a waiting line takes to come, then hands in its facts."""
-    monkeypatch.setattr(cluster, "WAIT_LINE_SECONDS", 0.5)
-    world = cluster.World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=free_port)
-    with cluster.Lobby(world) as lobby:
-        store = dist.TCPStore("127.0.0.1", free_port, is_master=False, timeout=timedelta(seconds=5))
-        other = dist.PrefixStore("forge/0", store)
-        other.set("state/1", json.dumps({"beat": 1, "host": "bob", "state": "tokenizing corpus.txt: 35%"}))
-        late = threading.Timer(1.5, lambda: other.set("facts/1", "{}"))
-        late.start()
-        assert lobby.exchange({}) == [{}, {}]
-        late.join()
-    assert "waits for process 1, on bob: tokenizing corpus.txt: 35%" in capsys.readouterr().err
-
-
-def test_a_mistake_on_one_machine_ends_both_with_its_message(start, tmp_path, free_port):
-    running = []
-    for rank, path in enumerate(["data/sample_corpus.txt", "nowhere.txt"]):
-        launcher = processes(tmp_path, free_port, num_machines=2, machine_rank=rank, num_processes=2)
-        words = [*launcher, "scripts/train.py", *SHORT, *QUIET, "--dataset-path", path]
-        running.append(start([*words, "--output-dir", tmp_path / str(rank)]))
-    ended = [each.finish(60) for each in running]
-    for each in ended:
-        assert each.code != 0
-        assert "train.py: error: " in each.output
-        assert "--dataset-path nowhere.txt: no such file" in each.output
-        assert each.seconds < 30
-    assert f"{socket.gethostname()} (process 1): --dataset-path" in ended[0].output
-    assert not (tmp_path / "0" / "final").exists()
-
-
-def test_facts_of_all_come_back_by_rank(free_port):
-    """One process plays rank 1: it writes its facts into the store as a second machine would."""
-    world = cluster.World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=free_port)
-    with cluster.Lobby(world) as lobby:
-        other = dist.TCPStore("127.0.0.1", free_port, is_master=False, timeout=timedelta(seconds=5))
-        dist.PrefixStore("forge/0", other).set("facts/1", json.dumps({"host": "bob"}))
-        assert lobby.exchange({"host": "alice"}) == [{"host": "alice"}, {"host": "bob"}]
-
-
-def test_a_peer_that_falls_silent_in_the_lobby_is_named(free_port, monkeypatch):
-    monkeypatch.setattr(cluster, "SILENCE_SECONDS", 1)
-    world = cluster.World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=free_port)
-    with cluster.Lobby(world) as lobby:
-        other = dist.TCPStore("127.0.0.1", free_port, is_master=False, timeout=timedelta(seconds=5))
-        state = {"beat": 1, "host": "bob", "state": "tokenizing"}
-        dist.PrefixStore("forge/0", other).set("state/1", json.dumps(state))
-        with pytest.raises(UserError, match="process 1 on bob has not been heard from"):
-            lobby.exchange({"host": "alice"})
-
-
-def test_help_and_mistakes_need_no_launcher(run):
-    ended = run([sys.executable, "scripts/train.py", "--batchsize", "3"])
-    assert ended.code == 2
-    assert (
-        ended.output
-        == "train.py: error: unknown flag --batchsize; did you mean --batch-size?; --help lists all flags\n"
-    )

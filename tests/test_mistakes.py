@@ -6,8 +6,8 @@ import pytest
 from conftest import BIN, QUIET, ROOT, SHORT, processes
 from transformers import GPT2Config
 
-from forge_lib import cluster
 from forge_lib.config import TrainConfig, parse_config
+from forge_lib.peers import one_message
 from scripts import train as train_script
 
 
@@ -18,7 +18,7 @@ def script(capsys, monkeypatch, tmp_path):
 
     def script(*flags) -> tuple[int, str]:
         argv = [*SHORT, *QUIET, "--output-dir", str(tmp_path / "run"), *map(str, flags)]
-        with pytest.raises(SystemExit) as ended, cluster.one_message("train.py"):
+        with pytest.raises(SystemExit) as ended, one_message("train.py"):
             train_script.main(parse_config(TrainConfig, argv))
         return ended.value.code, capsys.readouterr().err
 
@@ -120,17 +120,24 @@ def two_machines(start, tmp_path, port, first: list, second: list) -> list:
     return [each.finish(60) for each in running]
 
 
-def test_other_data_or_flags_on_a_second_machine_are_named_on_both(start, tmp_path, free_port):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning-rate", "2e-3"], "in --learning-rate: 0.002 against 0.001"),
+        (["--dataset-path", "{folder}/other.txt"], "in its --dataset-path: fingerprint"),
+    ],
+    ids=["flags", "data"],
+)
+def test_other_data_or_flags_on_a_second_machine_are_named_on_both(start, tmp_path, free_port, flags, message):
     text = (ROOT / "data" / "sample_corpus.txt").read_bytes()
     (tmp_path / "other.txt").write_bytes(text[:-3] + b"x" + text[-2:])
-    flags = ["--dataset-path", tmp_path / "other.txt", "--learning-rate", "2e-3"]
+    flags = [flag.format(folder=tmp_path) for flag in flags]
     for ended in two_machines(start, tmp_path, free_port, [], flags):
         assert ended.code == 2, ended.output
         assert ended.seconds < 30
         assert ended.output.count("error: ") == 1
         assert "(process 1) differs from" in ended.output
-        assert "in --learning-rate: 0.002 against 0.001" in ended.output
-        assert "in its --dataset-path: fingerprint" in ended.output
+        assert message in ended.output
 
 
 def test_every_process_of_a_machine_says_what_is_wrong(run, tmp_path, free_port):

@@ -1,0 +1,150 @@
+"""How a run is told to stop, and how it keeps out of others' way: signals, the stop file, the run folder's lock."""
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from forge_lib.config import UserError, World
+
+PR_SET_PDEATHSIG = 1
+LOOK_SECONDS = 0.5  # how often the stop file is looked for
+LOCK_BYTES = 512
+
+
+def die_with_launcher(world: World) -> None:
+    """Has the kernel kill this process when its launcher dies: it would train on alone. Linux only."""
+    if world.num_processes > 1 and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class StopRequest:
+    """Notices SIGTERM, SIGINT and a file `stop` in the run folder; use it as a context manager, in the main thread.
+
+    Until `defer` is called a signal raises `error` at once, since nothing is lost then. From then on it is noted, and
+    the training loop asks for it. A second SIGINT ends the process at once.
+
+    Args:
+        error: the class of what is raised.
+    """
+
+    def __init__(self, error: type[BaseException]):
+        self._error, self._deferred, self._file, self._looked = error, False, None, 0.0
+        self._reason = ""
+
+    def __enter__(self):
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def defer(self, folder: Path | None) -> None:
+        """From now on requests are noted; `folder` is the run folder, where this process looks for the stop file.
+
+        A stop file that an earlier run has left is removed.
+        """
+        self._deferred = True
+        if folder:
+            self._file = folder / "stop"
+            self._file.unlink(missing_ok=True)
+
+    def reason(self) -> str:
+        """Returns why the run shall stop, and nothing while it shall not; cheap, to be called each step."""
+        now = time.monotonic()
+        if self._file and not self._reason and now - self._looked > LOOK_SECONDS:
+            self._looked = now
+            if self._file.exists():
+                self._reason = f"the file {self._file}"
+        return f"{self._reason} on {socket.gethostname()}" if self._reason else ""
+
+    def done(self) -> None:
+        """Removes the stop file: the next start shall not find it."""
+        if self._file:
+            self._file.unlink(missing_ok=True)
+
+    def _note(self, number: int, _frame) -> None:
+        name = signal.Signals(number).name
+        if self._reason and number == signal.SIGINT:
+            os._exit(128 + number)
+        self._reason = self._reason or name
+        if not self._deferred:
+            raise self._error(f"{name} before the first step")
+
+
+def limit_grace(seconds: float, message: str) -> None:
+    """Ends this process with exit code 1 and a message, unless it has ended by itself within `seconds`."""
+
+    def end() -> None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+class RunLock:
+    """The lock on a run folder: the kernel lets it go when the process that holds it ends, however that happens.
+
+    The file `run.lock` says who holds it and, for the launcher, at which step the run is. Use it as a context manager.
+
+    Attributes:
+        held: whether this process holds it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.held, self._file = folder, False, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._file:
+            self._file.close()
+            self.held = False
+
+    def take(self, run_id: str) -> None:
+        """Takes the lock, unless another machine of the same run has it: the folder lies on a disk that they share.
+
+        Args:
+            run_id: of this start of the run, the same on all machines.
+
+        Raises:
+            UserError: another run holds it.
+        """
+        self._file = os.fdopen(os.open(self.folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        self._facts = {"host": socket.gethostname(), "pid": os.getpid(), "run_id": run_id}
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            try:
+                holder = json.loads(self._file.read(LOCK_BYTES))
+            except ValueError:
+                holder = {"host": "?", "pid": "?", "run_id": ""}
+            if holder["run_id"] == run_id:
+                return
+            raise UserError(
+                f"--output-dir {self.folder} is in use by another run (process {holder['pid']} on {holder['host']}); "
+                "wait for its end, stop it, or name another folder"
+            ) from None
+        self.held = True
+        self.at(0)
+
+    def at(self, step: int) -> None:
+        """Notes the step that is done; cheap, to be called each step."""
+        if self.held:
+            text = json.dumps(self._facts | {"step": step}).encode()
+            with suppress(OSError):  # a full disk is no reason to stop
+                os.pwrite(self._file.fileno(), text.ljust(LOCK_BYTES), 0)

@@ -1,0 +1,311 @@
+"""What a training script does before its loop: meet the others, get model, data and checkpoint, agree on all of it.
+
+It is made of the other modules of forge_lib, and the only one that imports them: each training script needs the same.
+All functions here are called on all processes.
+"""
+
+import dataclasses
+import logging
+import uuid
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from transformers import PreTrainedTokenizerBase
+
+from forge_lib import batches, checkpoint, cluster, control, corpus, transfer
+from forge_lib import model as models
+from forge_lib.config import TrainConfig, UserError, World
+from forge_lib.peers import Peers
+
+logger = logging.getLogger("forge")
+
+
+def join(
+    config: TrainConfig, world: World, peers: Peers, lock: control.RunLock, trackers: list[str]
+) -> tuple[Accelerator, cluster.Agreement]:
+    """Meets the other processes, locks the run folder, and forms a process group; call on all processes."""
+    output_dir = lock.folder
+    device = cluster.choose_device(config.device, world)
+    if world.is_local_main:
+        make_folder(output_dir, world)
+    peers.say("measuring its speed")
+    facts = cluster.local_facts(config, world, device)
+    facts |= {"machine": world.machine, "run_id": uuid.uuid4().hex, "has": has_inputs(config)}
+    peers.address = facts["address"]
+    agreement = cluster.agree(peers.exchange(facts), config)
+    if world.is_local_main:
+        lock.take(agreement.peers[0]["run_id"])
+
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is not in torch 2.8
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if world.num_processes > 1:
+        timeout = timedelta(seconds=cluster.GROUP_START_SECONDS)
+        handlers.append(InitProcessGroupKwargs(backend=agreement.backend, timeout=timeout))
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=agreement.mixed_precision,
+        log_with=trackers or None,
+        project_dir=output_dir,
+        kwargs_handlers=handlers,
+    )
+    cluster.check_world(world, accelerator.num_processes)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    return accelerator, agreement
+
+
+def make_folder(output_dir: Path, world: World) -> None:
+    """Makes the run folder; UserError where it cannot be written to."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "run.lock").touch()
+        if world.process_index == 0:
+            (output_dir / "metrics.jsonl").touch()
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir} cannot be written to: {error.strerror}") from None
+
+
+def has_inputs(config: TrainConfig) -> dict[str, bool]:
+    """Tells, by flag, whether the model folder and the data lie on this machine."""
+    return {
+        "model_name": models.is_here(config.model_name),
+        "dataset_path": corpus.is_here(config.dataset_path),
+        "eval_dataset_path": corpus.is_here(config.eval_dataset_path),
+    }
+
+
+def keeps_checkpoints(config: TrainConfig, world: World, agreement: cluster.Agreement) -> bool:
+    """Tells whether this process's machine is among `--checkpoint-machines`."""
+    machines = sorted({peer["machine"] for peer in agreement.peers})
+    count = {"all": len(machines), "main": 1}.get(config.checkpoint_machines) or int(config.checkpoint_machines)
+    return world.machine in machines[:count]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run works on, the same on all processes.
+
+    Attributes:
+        tokenizer, model: as loaded, on the CPU.
+        store: the tokens to train on.
+        eval_store: the store of the held-out tokens, if need be the same one.
+        dataset, eval_dataset: blocks to train on, and held-out ones if there are any.
+        plan: which blocks each step takes.
+        run: what must not change while a run goes on.
+        warnings: differences between the machines that do no harm.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    model: torch.nn.Module
+    store: corpus.TokenStore
+    eval_store: corpus.TokenStore
+    dataset: batches.BlockDataset
+    eval_dataset: batches.BlockDataset | None
+    plan: batches.BatchPlan
+    run: dict
+    warnings: list[str]
+
+
+def load_inputs(config: TrainConfig, world: World, peers: Peers, agreement: cluster.Agreement) -> Inputs:
+    """Loads model and data, from another machine where this one lacks them, and compares them; call on all."""
+    peers.say("loading the model")
+    config = fetch_model(config, world, peers, agreement)
+    tokenizer = models.load_tokenizer(config)
+    torch.manual_seed(config.seed)
+    model = models.load_model(config, len(tokenizer), config.sequence_length)
+    if config.mask_documents:
+        models.check_document_mask(model)
+    store = fetch_store(config, "dataset_path", tokenizer, world, peers, agreement)
+    eval_store = store
+    if config.eval_dataset_path:
+        eval_store = fetch_store(config, "eval_dataset_path", tokenizer, world, peers, agreement)
+    dataset, eval_dataset = make_datasets(config, store, eval_store)
+    plan = batches.BatchPlan.of_run(len(dataset), config.batch_size, config.max_steps, config.epochs, config.seed)
+    peers.say("hashing the model")
+    random_weights = config.from_scratch or not models.has_weights(config.model_name)
+    weights = models.hash_weights(model)
+    run = describe_run(config, model, store) | {"initial_weights": "random" if random_weights else weights}
+    facts = {
+        "host": peers.host,
+        "weights": weights,
+        "random_weights": random_weights,
+        "fingerprints": {
+            "--dataset-path": store.fingerprint,
+            "--eval-dataset-path": eval_store.fingerprint if eval_dataset else "none",
+            "model configuration": models.hash_config(model),
+            "kind of initial weights": "random" if random_weights else "pretrained",
+            "tokenizer": corpus.tokenizer_fingerprint(tokenizer),
+        },
+    }
+    differences = cluster.compare(peers.exchange(facts, "inputs"))
+    return Inputs(tokenizer, model, store, eval_store, dataset, eval_dataset, plan, run, differences)
+
+
+def fetch_model(config: TrainConfig, world: World, peers: Peers, agreement: cluster.Agreement) -> TrainConfig:
+    """Gets the model folder from another machine where this one lacks it."""
+    if any(peer["has"]["model_name"] for peer in agreement.peers):
+        folder = Path(config.model_name).expanduser()
+        fetch("the model", folder if models.is_here(config.model_name) else None, folder, world, peers, agreement)
+    return config
+
+
+def fetch_store(
+    config: TrainConfig,
+    field: str,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    peers: Peers,
+    agreement: cluster.Agreement,
+) -> corpus.TokenStore:
+    """Opens the token store of `--dataset-path` or `--eval-dataset-path`, making it or getting it from a machine.
+
+    What was made from raw text on another machine comes into the cache; a token store comes to the path that the flag
+    names.
+    """
+    path = getattr(config, field)
+    config = dataclasses.replace(config, dataset_path=path, eval_dataset_path="")
+    have_it = [peer["has"][field] for peer in agreement.peers]
+    store = None
+    if have_it[world.process_index] or not any(have_it):
+        store = corpus.prepare_store(config, tokenizer, progress=peers.say)
+        if world.is_local_main:
+            corpus.verify_store(store, progress=peers.say)
+    facts = {"fingerprint": store.fingerprint if store else "", "is_store": corpus.is_store(path)}
+    theirs = next(facts for facts in peers.exchange(facts, field) if facts["fingerprint"])
+    folder = store.folder if store else corpus.received_folder(theirs["fingerprint"])
+    if not store and theirs["is_store"] and not corpus.is_here(str(folder)):
+        folder = Path(path).expanduser()
+    here = corpus.is_store(folder)
+    fetch("the token store", folder if here else None, folder, world, peers, agreement)
+    store = store or corpus.open_store(folder)
+    if world.is_local_main and not have_it[world.process_index] and here:
+        corpus.verify_store(store, progress=peers.say)
+    return store
+
+
+def fetch(
+    what: str, held: Path | None, target: Path, world: World, peers: Peers, agreement: cluster.Agreement
+) -> None:
+    """Copies a folder from the first machine that holds it to all that do not; call on all processes.
+
+    Args:
+        what: for messages; also the name under which the processes meet here, so once for each.
+        held: the folder where this machine holds it, else None.
+        target: where it shall lie.
+    """
+    have_it = [facts["held"] for facts in peers.exchange({"held": held is not None}, f"{what}, who has it")]
+    firsts = sorted({peer["machine"] for peer in agreement.peers})  # the first process of each machine
+    lacking = [rank for rank in firsts if not have_it[rank]]
+    sender = next((rank for rank in firsts if have_it[rank]), None)
+    if not lacking or sender is None:
+        return
+    files = {}
+    if world.process_index == sender:
+        peers.say(f"hashing {what}")
+        files = transfer.list_files(held)
+    files = peers.exchange({"files": files}, f"{what}, its files")[sender]["files"]
+    group = dist.new_group(backend="gloo") if agreement.backend == "nccl" else None
+    hosts = [peer["host"] for peer in agreement.peers]
+    if world.process_index == sender:
+        transfer.send(held, files, {rank: hosts[rank] for rank in lacking}, group, peers.say)
+    elif world.process_index in lacking:
+        transfer.receive(target, files, sender, hosts[sender], group, peers.say)
+    peers.say(f"waiting for {what} to arrive")
+    peers.meet(f"{what}, arrived")
+
+
+def resume(
+    config: TrainConfig,
+    world: World,
+    peers: Peers,
+    agreement: cluster.Agreement,
+    inputs: Inputs,
+    optimizers: list[torch.optim.Optimizer],
+    lock: control.RunLock,
+) -> tuple[dict | None, list[str]]:
+    """Settles from which checkpoint the run goes on, brings it to the machines without it, and loads it; call on all.
+
+    Returns:
+        The state in it, if there is one, and lines for the log.
+
+    Raises:
+        UserError: `--resume` cannot be followed, or all checkpoints that there are belong to another run.
+    """
+    folder = lock.folder / "checkpoints"
+    lines, found = [], None
+    peers.say("verifying its checkpoints")
+    if world.is_local_main:
+        if lock.held:
+            lines += checkpoint.sweep(folder)
+        found = checkpoint.find(folder, config.resume, inputs.run)
+        lines += found.passed_over
+    mine = {
+        "step": found.step if found and found.path else -1,
+        "sha256": found.sha256 if found else "",
+        "path": str(found.path) if found else "",
+        "lines": [f"{peers.host}: {line}" for line in lines],
+        "foreign": found.foreign if found else [],
+    }
+    all_found = peers.exchange(mine, "checkpoints")
+    lines = [line for each in all_found for line in each["lines"]]
+    foreign = [line for each in all_found for line in each["foreign"]]
+    newest = max(each["step"] for each in all_found)
+    if newest < 0:
+        if foreign:
+            raise UserError("; ".join(dict.fromkeys(foreign)))
+        if config.resume not in ("auto", "never"):
+            raise UserError(f"--resume {config.resume}: no such checkpoint on any machine")
+        return None, lines
+    lines += [f"passed over: {line}" for line in foreign]
+    best = next(each for each in all_found if each["step"] == newest)
+    theirs = all_found[world.machine]  # of this machine's first process
+    held = Path(theirs["path"]) if theirs["sha256"] == best["sha256"] else None
+    target = folder / f"step-{newest:08d}"
+    if config.resume != "auto" and lock.held:
+        lines += [f"{name} is newer than {best['path']}: set aside" for name in checkpoint.set_aside(folder, newest)]
+    fetch(f"checkpoint step-{newest:08d}", held, target, world, peers, agreement)
+    if newest > inputs.plan.num_steps:
+        raise UserError(
+            f"{best['path']} is at step {newest}, but the run shall end at step {inputs.plan.num_steps}; raise "
+            "--max-steps or --epochs, or name another --output-dir"
+        )
+    return checkpoint.load(held or target, inputs.model, optimizers), lines
+
+
+def make_datasets(
+    config: TrainConfig, store: corpus.TokenStore, eval_store: corpus.TokenStore
+) -> tuple[batches.BlockDataset, batches.BlockDataset | None]:
+    """Returns the blocks to train on, and the held-out ones if there are any."""
+    stream, eval_stream = batches.TokenStream(store.tokens, store.documents), None
+    if config.eval_fraction:
+        stream, eval_stream = batches.split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
+    elif config.eval_dataset_path:
+        eval_stream = batches.TokenStream(eval_store.tokens, eval_store.documents)
+    cut = (config.sequence_length, config.mask_documents)
+    return (
+        batches.BlockDataset(stream, *cut),
+        batches.BlockDataset(eval_stream, *cut, keep_tail=True) if eval_stream else None,
+    )
+
+
+def describe_run(config: TrainConfig, model: torch.nn.Module, store: corpus.TokenStore) -> dict:
+    """Returns what a run is, whatever its length and learning rate: a checkpoint goes on in the same run alone."""
+    same = (
+        "lora_rank",
+        "lora_alpha",
+        "batch_size",
+        "sequence_length",
+        "mask_documents",
+        "eval_fraction",
+        "optimizer",
+        "seed",
+    )
+    return {
+        "data": store.fingerprint,
+        "model": f"{model.config.model_type} of {sum(p.numel() for p in model.parameters()):,} parameters",
+        **{name: getattr(config, name) for name in same},
+    }

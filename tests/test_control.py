@@ -1,0 +1,91 @@
+"""How a run is told to stop, and the lock on its folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from forge_lib import control
+from forge_lib.config import UserError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from forge_lib.control import RunLock
+with RunLock(Path(sys.argv[1])) as lock:
+    lock.take("one")
+    lock.at(7)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock on `tmp_path`, for the run "one"."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_in_use_is_refused_until_its_holder_is_dead(tmp_path, holder):
+    with (
+        control.RunLock(tmp_path) as lock,
+        pytest.raises(UserError, match=f"in use by another run .process {holder.pid}"),
+    ):
+        lock.take("two")
+    assert json.loads((tmp_path / "run.lock").read_text())["step"] == 7, "what the holder says stays"
+    holder.kill()
+    holder.wait()
+    with control.RunLock(tmp_path) as lock:
+        lock.take("two")
+        assert lock.held
+
+
+def test_a_folder_that_two_machines_of_a_run_share_is_held_by_one(tmp_path, holder):
+    with control.RunLock(tmp_path) as lock:
+        lock.take("one")
+        assert not lock.held
+        lock.at(8)
+    assert json.loads((tmp_path / "run.lock").read_text())["step"] == 7
+
+
+def test_a_signal_ends_a_run_that_has_not_begun_and_is_noted_afterwards(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM before"), control.StopRequest(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    with control.StopRequest(KeyboardInterrupt) as stop:
+        stop.defer(tmp_path)
+        assert stop.reason() == ""
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason().startswith("SIGTERM on ")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_stop_file_is_found_and_an_old_one_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "LOOK_SECONDS", 0)
+    (tmp_path / "stop").touch()
+    with control.StopRequest(KeyboardInterrupt) as stop:
+        stop.defer(tmp_path)
+        assert stop.reason() == ""
+        (tmp_path / "stop").touch()
+        assert "stop on " in stop.reason()
+        stop.done()
+    assert not (tmp_path / "stop").exists()
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    program = (
+        "import os, signal, time; from forge_lib.control import StopRequest\n"
+        "with StopRequest(KeyboardInterrupt) as stop:\n"
+        "    stop.defer(None)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=50).returncode == 130
