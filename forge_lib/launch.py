@@ -3,12 +3,21 @@
 Before it starts the launcher, the machines call the roll over the main machine's port: who is missing, whose number is
 taken, which port is in use and which machine cannot be reached are said at once. accelerate itself waits for ten
 minutes in silence.
+
+Roll call and launcher run in a child, one an attempt. The supervisor above it opens no store and starts no thread: it
+passes on the wish to stop, and with --max-restarts it begins the next attempt when one has failed. The launcher's own
+restarts would read the addresses of the attempt before.
 """
 
+import contextlib
+import ctypes
 import errno
 import json
 import logging
+import multiprocessing
+import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -16,9 +25,13 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -29,10 +42,26 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from forge_lib.config import LaunchConfig, TrainConfig, UserError, parse_config, to_flags
 
+T = TypeVar("T")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
-REACH_SECONDS = 20  # how long a machine tries to reach the main machine
+FORK = multiprocessing.get_context("fork")  # a child begins with everything imported
+REACH_SECONDS = 20  # how long a machine tries to reach the main machine, and waits for its answer
 POLL_SECONDS = 0.25
+SAY_SECONDS = 5  # between two lines that say for whom a machine waits
 FAREWELL_SECONDS = 3
+PORT_SECONDS = 10  # a restart: how long the attempt before may hold the port still
+FIRST_PAUSE = 1.0
+LONGEST_PAUSE = 60.0
+ROLL_PAUSE = 2.0  # between two roll calls of one restart
+MARGIN_SECONDS = 15  # beyond --grace-seconds, before processes that should have stopped are killed
+SAME_FAILURES = 3  # so often at the same step, and it is given up
+MISTAKE, LOST, DIVERGED = 2, 3, 4  # exit codes of train.py whose reason it has told itself
+TERMINATED = 128 + signal.SIGTERM
+PR_SET_PDEATHSIG = 1
+
+
+class AwayError(UserError):
+    """A machine that does not come or cannot be reached: at first a mistake, in a restart to be waited for."""
 
 
 @dataclass(kw_only=True)
@@ -46,16 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = parse_config(ForgeConfig, argv, __doc__, prog="p2p-llm-forge")
         _check(config)
-        if config.num_nodes > 1:
-            try:
-                call_roll(config)
-            except (dist.DistError, OSError) as error:
-                where = f"the main machine {config.master_addr}:{config.master_port}"
-                raise UserError(f"lost {where}: {str(error).splitlines()[0]}; see its message there") from None
     except UserError as error:
-        print(f"p2p-llm-forge: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    sys.exit(_launch(config))
+        sys.exit(_refuse(error))
+    supervisor = Supervisor(config)
+    with supervisor.listening():
+        sys.exit(supervisor.run())
 
 
 def _check(config: LaunchConfig) -> None:
@@ -70,181 +94,500 @@ def _check(config: LaunchConfig) -> None:
         raise UserError(f"--master-port {config.master_port}: expected a number from 1 to 65535")
     if config.num_nodes > 1 and not config.master_addr:
         raise UserError(f"--num-nodes {config.num_nodes} needs --master-addr, the address of the main machine")
-    config.processes_per_node = config.processes_per_node or max(1, torch.cuda.device_count())
+    if config.max_restarts < 0:
+        raise UserError(f"--max-restarts {config.max_restarts}: expected 0 or more")
     config.master_addr = config.master_addr or "127.0.0.1"
-    if config.node_rank == 0 and (config.num_nodes > 1 or config.processes_per_node > 1):
-        _check_port(config)
 
 
-def _check_port(config: LaunchConfig) -> None:
-    """The main machine must own the main address, and the port must be free there."""
+def _say(*parts: str) -> None:
+    if parts:
+        print(f"p2p-llm-forge: {'; '.join(parts)}", file=sys.stderr, flush=True)
+
+
+def _refuse(error: UserError) -> int:
+    _say(f"error: {error}")
+    return MISTAKE
+
+
+class Supervisor:
+    """Runs attempts, one after the other, until one ends well or another would be of no use."""
+
+    def __init__(self, config: ForgeConfig):
+        self.config = config
+        self.machine_id = uuid.uuid4().hex
+        self.hosts: dict[int, str] = {}  # by machine number, from the last roll call that was complete
+        self.stopping = self.at_once = False  # what a person wishes
+        self.is_over = False  # the supervisor itself has ended the attempt, and said why
+        self.said = 0.0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes SIGTERM, SIGINT and (but under nohup) SIGHUP as the wish to stop."""
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
+        before = {number: signal.signal(number, self._take_signal) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take_signal(self, number: int, frame: Any) -> None:
+        self.at_once |= self.stopping and number == signal.SIGINT
+        self.stopping = True
+
+    def run(self) -> int:
+        """Returns the exit code of the last attempt; 0 where a person stopped it and nothing else went wrong."""
+        failures: list[tuple[int, int | None]] = []  # (exit code, step)
+        farthest, pause = -1, FIRST_PAUSE
+        while True:
+            before = _read_lock(self.config)
+            code = self._attempt(is_restart=bool(failures))
+            if code == 0 or (self.stopping and code == TERMINATED):
+                return 0
+            if code == MISTAKE or self.is_over:
+                return code
+            lock = _read_lock(self.config)
+            step = lock.get("step") if lock.get("pid") != before.get("pid") else None
+            failures.append((code, step))
+            if step is not None and step > farthest:
+                farthest, pause = step, FIRST_PAUSE
+            account = [] if code in (LOST, DIVERGED) else [self._account(step)]
+            reason = self._reason_to_end(failures)
+            if reason is not None:
+                _say(*account, *reason)
+                return code
+            _say(*account, f"starting again in {pause:g} s (restart {len(failures)} of {self.config.max_restarts})")
+            self._pause(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            if self.stopping:
+                _say("stopped before it was started again")
+                return 0
+
+    def _account(self, step: int | None) -> str:
+        """What happened to whom, and when."""
+        who, code = self.heard.get("failed", ("the launcher", self.exitcode))
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"{who} {how}{'' if step is None else f' at step {step}'}"
+
+    def _reason_to_end(self, failures: list[tuple[int, int | None]]) -> list[str] | None:
+        """Returns what there is to say where no other attempt follows, None where one does."""
+        step, most = failures[-1][1], self.config.max_restarts
+        if self.stopping or not most:
+            return []
+        if failures[-SAME_FAILURES:] == [failures[-1]] * SAME_FAILURES:
+            when = "before the first step" if step is None else f"at step {step}"
+            return [f"the same failure {when} three times: not starting again", "its checkpoints are kept"]
+        if len(failures) > most:
+            return [f"not starting again: {most} of {most} restarts are used", "its checkpoints are kept"]
+        return None
+
+    def _attempt(self, is_restart: bool) -> int:
+        """Runs children until one has come beyond the roll call; returns the exit code."""
+        self.said = time.monotonic()
+        until = self.said + self.config.join_timeout
+        while True:
+            code = self._run_child(is_restart, until)
+            away = self.heard.get("away")
+            if away is None:
+                return code
+            if self.stopping:
+                _say("stopped before training began")
+                return 0
+            if time.monotonic() > until:
+                self.is_over = True
+                _say(f"error: {away}")
+                return LOST
+            self._say_now_and_then(f"{away}; trying again")
+            self._pause(ROLL_PAUSE)
+
+    def _run_child(self, is_restart: bool, until: float) -> int:
+        """Runs a child to its end; returns its exit code. After a failure no process of it is left."""
+        self.heard: dict[str, Any] = {}  # what the child has told
+        self.family: set[psutil.Process] = set()  # all that it has started, and what those have
+        self.told: set[psutil.Process] = set()  # the workers that were asked to stop
+        self.stop_until = 0.0
+        ours, theirs = FORK.Pipe(duplex=False)
+        roll = Roll(self.config, self.machine_id, self.hosts, is_restart, until, theirs)
+        child = FORK.Process(target=_run_attempt, args=(roll, os.getpid()))
+        child.start()
+        theirs.close()
+        code = 1
+        try:
+            code = self._watch(child, ours)
+        finally:
+            if code or child.is_alive():
+                self._kill_family(child)
+            ours.close()
+        return code
+
+    def _watch(self, child: BaseProcess, pipe: Connection) -> int:
+        listed = 0.0
+        while child.is_alive():
+            if time.monotonic() - listed > 1:  # workers whose launcher is killed can be found no more
+                listed = time.monotonic()
+                self._list_family(child)
+            if self.stopping and child.is_alive() and (code := self._stop(child)) is not None:
+                self.is_over = True
+                return code
+            child.join(POLL_SECONDS)
+            self._hear(pipe)
+        self._hear(pipe)
+        self.exitcode = child.exitcode or 0
+        return self.exitcode if self.exitcode >= 0 else 128 - self.exitcode
+
+    def _hear(self, pipe: Connection) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while pipe.poll():
+                name, value = pipe.recv()
+                self.heard[name] = value
+                if name == "waits":
+                    self._say_now_and_then(value)
+                elif name == "hosts":
+                    self.hosts = value
+
+    def _say_now_and_then(self, line: str) -> None:
+        if time.monotonic() - self.said >= SAY_SECONDS:
+            self.said = time.monotonic()
+            print(line, flush=True)
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self.stopping and time.monotonic() < until:
+            time.sleep(min(POLL_SECONDS, seconds))
+
+    def _stop(self, child: BaseProcess) -> int | None:
+        """Asks the workers to stop, not the launcher, which would kill them; returns a code to end the attempt."""
+        if self.at_once:
+            return 128 + signal.SIGINT
+        workers = set(psutil.Process(child.pid).children())
+        if not workers and not self.family:
+            _say("stopped before training began")
+            return 0
+        for worker in workers - self.told:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.terminate()
+        self.told |= workers
+        self.family |= workers
+        if not self.stop_until:
+            self.stop_until = time.monotonic() + self.config.grace_seconds + MARGIN_SECONDS
+            _say("stopping: the step is finished and saved on all machines; Ctrl-C again ends at once")
+        if time.monotonic() > self.stop_until:
+            _say(f"not stopped within --grace-seconds {self.config.grace_seconds:g} and {MARGIN_SECONDS} s: killed")
+            return 1
+        return None
+
+    def _list_family(self, child: BaseProcess) -> None:
+        parents = [*self.family, *([psutil.Process(child.pid)] if child.is_alive() else [])]
+        for process in parents:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.family.update(process.children(recursive=True))
+
+    def _kill_family(self, child: BaseProcess) -> None:
+        """Kills the child and all that it has started, also what runs on without it in sessions of its own."""
+        if child.is_alive():
+            psutil.Process(child.pid).suspend()  # it starts no other meanwhile
+        self._list_family(child)
+        child.kill()
+        child.join()
+        for process in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        until = time.monotonic() + 10
+        while any(map(_is_running, self.family)) and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _read_lock(config: TrainConfig) -> dict[str, Any]:
+    """What train.py's local main process keeps in the run folder, {"pid": …, "step": …}; empty without it."""
+    try:
+        lock = json.loads((Path(config.output_dir) / "run.lock").read_text())
+    except (OSError, ValueError):
+        return {}
+    return lock if isinstance(lock, dict) else {}
+
+
+# Here begins what runs in the child.
+
+
+def _run_attempt(roll: "Roll", supervisor: int) -> None:
+    """One attempt: the roll call, then the launcher. Exits with the attempt's code."""
+    _detach(supervisor)
+    config = roll.config
+    away_code = LOST if roll.is_restart else MISTAKE
+    try:
+        config.processes_per_node = config.processes_per_node or max(1, torch.cuda.device_count())
+        if config.node_rank == 0 and (config.num_nodes > 1 or config.processes_per_node > 1):
+            _check_port(config, patience_seconds=PORT_SECONDS if roll.is_restart else 0)
+        if config.num_nodes > 1:
+            roll.tell.send(("hosts", roll.call()))
+        away_code = LOST
+        code = _launch(config, roll.tell)
+    except AwayError as error:
+        if roll.is_restart:
+            roll.tell.send(("away", str(error)))  # the supervisor decides whether to try again
+            sys.exit(away_code)
+        _refuse(error)
+        code = away_code
+    except UserError as error:
+        code = _refuse(error)
+    sys.exit(code)
+
+
+def _detach(supervisor: int) -> None:
+    """Leaves the terminal's signals to the supervisor, and dies with it."""
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != supervisor:
+        sys.exit(1)
+
+
+def _check_port(config: LaunchConfig, patience_seconds: float) -> None:
+    """The main machine must own the main address, and the port must be free there, at the latest after a while."""
     try:
         family, _, _, _, address = socket.getaddrinfo(config.master_addr, config.master_port, type=socket.SOCK_STREAM)[
             0
         ]
     except socket.gaierror:
-        raise UserError(f"--master-addr {config.master_addr}: the name does not resolve") from None
+        raise AwayError(f"--master-addr {config.master_addr}: the name does not resolve") from None
+    until = time.monotonic() + patience_seconds
+    while error := _try_port(family, address):
+        if error.errno != errno.EADDRINUSE or time.monotonic() >= until:
+            break
+        time.sleep(POLL_SECONDS)
+    else:
+        return
+    mistake = UserError(f"--master-port {config.master_port}: {error.strerror} on {socket.gethostname()}")
+    if error.errno == errno.EADDRINUSE:
+        mistake = UserError(
+            f"--master-port {config.master_port} is in use on {socket.gethostname()}, by another run or another "
+            "program; give another port, the same on every machine"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        own = sorted(a.address for nic in psutil.net_if_addrs().values() for a in nic if a.family == family)
+        mistake = AwayError(
+            f"this machine ({socket.gethostname()}: {', '.join(own)}) was started as --node-rank 0, but "
+            f"--master-addr {config.master_addr} is not its address; number 0 is the main machine's, each other "
+            "machine needs a number of its own"
+        )
+    if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and config.num_nodes > 1:
+        mistake = _tell_main_machine(config, mistake)
+    raise mistake
+
+
+def _try_port(family: int, address: tuple) -> OSError | None:
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        mistake = f"--master-port {config.master_port}: {error.strerror} on {socket.gethostname()}"
-        if error.errno == errno.EADDRINUSE:
-            mistake = (
-                f"--master-port {config.master_port} is in use on {socket.gethostname()}, by another run or another "
-                "program; give another port, the same on every machine"
-            )
-        if error.errno == errno.EADDRNOTAVAIL:
-            own = sorted(a.address for nic in psutil.net_if_addrs().values() for a in nic if a.family == family)
-            mistake = (
-                f"this machine ({socket.gethostname()}: {', '.join(own)}) was started as --node-rank 0, but "
-                f"--master-addr {config.master_addr} is not its address; number 0 is the main machine's, each other "
-                "machine needs a number of its own"
-            )
-        if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and config.num_nodes > 1:
-            mistake = _tell_main_machine(config, mistake)
-        raise UserError(mistake) from None
+        return error
+    return None
 
 
-def _tell_main_machine(config: LaunchConfig, mistake: str) -> str:
+def _tell_main_machine(config: LaunchConfig, mistake: UserError) -> UserError:
     """Returns the mistake; a main machine that calls the roll already is told of it, as one of two with its number."""
     try:
         store = _open_store(config, timeout_seconds=3)
-        store.wait(["node/0"], timedelta(seconds=3))
-    except (UserError, dist.DistError):
+        _patiently(lambda: store.wait(["node/0"], timedelta(seconds=3)), 6)
+    except (UserError, dist.DistError, OSError):
         return mistake  # whatever is at that address, it calls no roll
-    mistake = f"two machines were started as --node-rank 0: {mistake}"
-    _tell(store, mistake)
+    mistake = UserError(f"two machines were started as --node-rank 0: {mistake}")
+    _tell(store, str(mistake))
     return mistake
 
 
-def call_roll(config: LaunchConfig) -> None:
-    """Waits until every machine is there, and leaves the main machine's port to accelerate's launcher.
+class Roll:
+    """One machine's part in the roll call: it waits until every machine is there.
 
-    Raises:
-        UserError: the main machine cannot be reached, a number is taken twice, a machine is missing after
-            `join_timeout`, or another machine has failed.
+    A machine that is away is a mistake at first. In a restart it is waited for, by the name that it had.
     """
-    link = _reach(config) if config.node_rank else None
-    store = _open_store(config, timeout_seconds=REACH_SECONDS / 2, is_master=config.node_rank == 0)
-    me = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "num_nodes": config.num_nodes}
-    mine = json.dumps(me)
-    holder = json.loads(store.compare_set(f"node/{config.node_rank}", "", mine))
-    main_machine = json.loads(store.get("node/0")) if config.node_rank else me
-    mistake = ""
-    if holder["id"] != me["id"]:
-        mistake = f"two machines were started as --node-rank {config.node_rank}: {holder['host']} and {me['host']}"
-    elif main_machine["num_nodes"] != config.num_nodes:
-        mistake = (
-            f"{me['host']} was started with --num-nodes {config.num_nodes}, the main machine "
-            f"{main_machine['host']} with {main_machine['num_nodes']}"
-        )
-    if mistake:
+
+    def __init__(
+        self,
+        config: ForgeConfig,
+        machine_id: str,
+        hosts: dict[int, str],
+        is_restart: bool,
+        until: float,
+        tell: Connection,
+    ):
+        self.config, self.hosts, self.is_restart, self.until, self.tell = config, hosts, is_restart, until, tell
+        self.me = {"id": machine_id, "host": socket.gethostname(), "num_nodes": config.num_nodes}
+        at = f"{hosts[0]} at " if 0 in hosts else ""
+        self.main_machine = f"the main machine {at}{config.master_addr}:{config.master_port}"
+
+    def call(self) -> dict[int, str]:
+        """Returns the host names by machine number, and leaves the main machine's port to accelerate's launcher.
+
+        Raises:
+            AwayError: the main machine cannot be reached, or a machine is missing after `join_timeout`.
+            UserError: a number is taken twice, or another machine has made a mistake.
+        """
+        try:
+            return self._call()
+        except (dist.DistError, OSError) as error:
+            who = self.main_machine if self.config.node_rank else "another machine"
+            raise AwayError(f"lost {who}: {str(error).splitlines()[0]}; see its message there") from None
+
+    def _call(self) -> dict[int, str]:
+        config = self.config
+        link = self._reach() if config.node_rank else None
+        store = _open_store(config, timeout_seconds=REACH_SECONDS / 2, is_master=config.node_rank == 0)
+        self._sign_in(store)
+        start = time.monotonic()
+        while missing := [n for n in range(config.num_nodes) if not _ask(store.check, [f"node/{n}"])]:
+            self._hear(store)
+            names = [f"{n} ({self.hosts[n]})" if n in self.hosts else str(n) for n in missing]
+            who = f"machine{'s' if len(missing) > 1 else ''} {', '.join(names)} of {config.num_nodes}"
+            if time.monotonic() > (self.until if self.is_restart else start + config.join_timeout):
+                raise AwayError(f"{who} did not come within --join-timeout {config.join_timeout:g} s; start them too")
+            self._wait_for(f"{who} (--node-rank) at {config.master_addr}:{config.master_port}")
+            time.sleep(POLL_SECONDS)
+        self._hear(store)
+        hosts = {n: json.loads(_ask(store.get, f"node/{n}"))["host"] for n in range(config.num_nodes)}
+        _ask(store.set, f"ready/{config.node_rank}", "")
+        if link:
+            link.settimeout(REACH_SECONDS)
+            link.recv(1)  # ends when the main machine has closed its store
+            link.close()
+        else:
+            store.wait([f"ready/{n}" for n in range(config.num_nodes)], timedelta(seconds=REACH_SECONDS))
+        return hosts
+
+    def _sign_in(self, store: dist.Store) -> None:
+        """Takes this machine's number; the mistake is told to all where that cannot be."""
+        config, me = self.config, self.me
+        holder = json.loads(_ask(store.compare_set, f"node/{config.node_rank}", "", json.dumps(me)))
+        until = self.until if self.is_restart else time.monotonic() + REACH_SECONDS
+        while not _ask(store.check, ["node/0"]):
+            if time.monotonic() > until:
+                raise AwayError(f"{self.main_machine} is there, but calls no roll")
+            self._wait_for(f"{self.main_machine}: its attempt before has not ended")
+            time.sleep(POLL_SECONDS)
+        main_machine = json.loads(_ask(store.get, "node/0"))
+        if holder["id"] != me["id"]:
+            mistake = f"two machines were started as --node-rank {config.node_rank}: {holder['host']} and {me['host']}"
+        elif main_machine["num_nodes"] != config.num_nodes:
+            mistake = (
+                f"{me['host']} was started with --num-nodes {config.num_nodes}, the main machine "
+                f"{main_machine['host']} with {main_machine['num_nodes']}"
+            )
+        else:
+            return
         _tell(store, mistake)
         raise UserError(mistake)
-    start = said = time.monotonic()
-    while missing := [n for n in range(config.num_nodes) if not store.check([f"node/{n}"])]:
-        _hear(store, config)
-        now = time.monotonic()
-        names = f"machine{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {config.num_nodes}"
-        if now - start > config.join_timeout:
-            raise UserError(f"{names} did not come within --join-timeout {config.join_timeout:g} s; start them too")
-        if now - said >= 5:
-            said = now
-            print(
-                f"{me['host']} waits for {names} (--node-rank) at {config.master_addr}:{config.master_port}",
-                flush=True,
-            )
-        time.sleep(POLL_SECONDS)
-    _hear(store, config)
-    store.set(f"ready/{config.node_rank}", "")
-    if link:
-        link.settimeout(REACH_SECONDS)
-        link.recv(1)  # ends when the main machine has closed its store
-        link.close()
-    else:
-        store.wait([f"ready/{n}" for n in range(config.num_nodes)], timedelta(seconds=REACH_SECONDS))
 
+    def _reach(self) -> socket.socket:
+        """Returns a connection to the main machine, telling apart the ways in which that can fail."""
+        config = self.config
+        patience = config.join_timeout if self.is_restart else REACH_SECONDS
+        until = self.until if self.is_restart else time.monotonic() + REACH_SECONDS
+        while True:
+            try:
+                return socket.create_connection((config.master_addr, config.master_port), timeout=5)
+            except socket.gaierror:
+                if not self.is_restart:
+                    raise UserError(
+                        f"--master-addr {config.master_addr}: the name does not resolve on this machine"
+                    ) from None
+                reason, cure = "no address", "the name does not resolve on this machine"
+            except ConnectionRefusedError:
+                reason = "refused"
+                cure = "it is there, but nothing listens on that port: start the main machine (--node-rank 0) first"
+            except TimeoutError:
+                reason, cure = "no answer", "it is off, or a firewall drops what is sent to that port"
+            except OSError as error:
+                reason, cure = (error.strerror or str(error)).lower(), "check --master-addr and the network"
+            if time.monotonic() > until:
+                raise AwayError(f"cannot reach {self.main_machine} for {patience:g} s: {reason}: {cure}")
+            if self.is_restart:
+                self._wait_for(f"{self.main_machine}: {reason}")
+            time.sleep(1)
 
-def _reach(config: LaunchConfig) -> socket.socket:
-    """Returns a connection to the main machine, telling apart the ways in which that can fail."""
-    until = time.monotonic() + REACH_SECONDS
-    where = f"the main machine {config.master_addr}:{config.master_port}"
-    while True:
+    def _wait_for(self, whom: str) -> None:
+        self.tell.send(("waits", f"{self.me['host']} waits for {whom}"))
+
+    def _hear(self, store: dist.Store) -> None:
+        """Raises the mistake that another machine has left."""
         try:
-            return socket.create_connection((config.master_addr, config.master_port), timeout=5)
-        except socket.gaierror:
-            raise UserError(f"--master-addr {config.master_addr}: the name does not resolve on this machine") from None
-        except ConnectionRefusedError:
-            reason = "it is there, but nothing listens on that port: start the main machine (--node-rank 0) first"
-        except TimeoutError:
-            reason = "no answer: it is off, or a firewall drops what is sent to that port"
-        except OSError as error:
-            reason = f"{error.strerror}: check --master-addr and the network"
-        if time.monotonic() > until:
-            raise UserError(f"cannot reach {where} for {REACH_SECONDS} s: {reason}")
-        time.sleep(1)
+            if not _ask(store.check, ["error"]):
+                return
+            mistake = _ask(store.get, "error").decode()
+        except dist.DistError:
+            raise AwayError(f"{self.main_machine} has stopped; see its message there") from None
+        if self.config.node_rank == 0:
+            time.sleep(FAREWELL_SECONDS)  # the store ends with this process: let the others read it first
+        raise UserError(mistake)
 
 
 def _open_store(config: LaunchConfig, timeout_seconds: float, is_master: bool = False) -> dist.Store:
-    """Opens the store on the main machine's port; UserError where that cannot be.
+    """Opens the store on the main machine's port; AwayError where that cannot be."""
 
-    It runs in a thread that can be left behind, since torch waits for ever for a program that takes the connection and
-    never answers.
-    """
-    outcome: queue.SimpleQueue[dist.Store | dist.DistError] = queue.SimpleQueue()
+    def connect() -> dist.Store:
+        return dist.TCPStore(
+            config.master_addr,
+            config.master_port,
+            is_master=is_master,
+            timeout=timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,
+        )
 
-    def connect() -> None:
-        try:
-            outcome.put(
-                dist.TCPStore(
-                    config.master_addr,
-                    config.master_port,
-                    is_master=is_master,
-                    timeout=timedelta(seconds=timeout_seconds),
-                    wait_for_workers=False,
-                )
-            )
-        except dist.DistError as error:
-            outcome.put(error)
-
-    threading.Thread(target=connect, daemon=True).start()
     try:
-        store = outcome.get(timeout=timeout_seconds)
+        return dist.PrefixStore("forge-roll", _patiently(connect, timeout_seconds))
+    except (dist.DistError, TimeoutError) as error:
+        reason = str(error).splitlines()[0]
+    where = f"{config.master_addr}:{config.master_port}"
+    if is_master:
+        raise AwayError(f"cannot listen on {where}: {reason}; give another --master-port")
+    raise AwayError(f"{where} answers, but not as a main machine does: is it another program's port? ({reason})")
+
+
+def _ask(operation: Callable[..., T], *args: Any) -> T:
+    return _patiently(lambda: operation(*args), REACH_SECONDS)
+
+
+def _patiently(operation: Callable[[], T], timeout_seconds: float) -> T:
+    """Returns what a store's operation returns; TimeoutError where it does not.
+
+    It runs in a thread that can be left behind, since torch waits for ever for a link that falls silent, and for a
+    program that takes the connection and never answers.
+    """
+    outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put((operation(), None))
+        except Exception as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        value, error = outcome.get(timeout=timeout_seconds)
     except queue.Empty:
-        store = TimeoutError("it takes the connection and says nothing")
-    if isinstance(store, Exception):
-        reason = str(store).splitlines()[0]
-        where = f"{config.master_addr}:{config.master_port}"
-        if is_master:
-            raise UserError(f"cannot listen on {where}: {reason}; give another --master-port")
-        raise UserError(f"{where} answers, but not as a main machine does: is it another program's port? ({reason})")
-    return dist.PrefixStore("forge-roll", store)
+        raise TimeoutError(f"it says nothing for {timeout_seconds:g} s") from None
+    if error:
+        raise error
+    return value
 
 
 def _tell(store: dist.Store, mistake: str) -> None:
     """Leaves a mistake for all machines, and gives them a moment to read it."""
-    store.set("error", mistake)
+    _ask(store.set, "error", mistake)
     time.sleep(FAREWELL_SECONDS)
 
 
-def _hear(store: dist.Store, config: LaunchConfig) -> None:
-    """Raises the mistake that another machine has left."""
-    try:
-        if not store.check(["error"]):
-            return
-        mistake = store.get("error").decode()
-    except dist.DistError:
-        raise UserError(
-            f"the main machine {config.master_addr}:{config.master_port} has stopped; see its message there"
-        ) from None
-    if config.node_rank == 0:
-        time.sleep(FAREWELL_SECONDS)  # the store ends with this process: let the others read it first
-    raise UserError(mistake)
-
-
-def _launch(config: ForgeConfig) -> int:
+def _launch(config: ForgeConfig, tell: Connection) -> int:
     """Runs accelerate's launcher in this process; returns the exit code."""
     distributed = config.num_nodes > 1 or config.processes_per_node > 1
     topology = {
@@ -260,25 +603,45 @@ def _launch(config: ForgeConfig) -> int:
     # Its own account of a failed process is a page long; the process has said what it had to say.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(config.grace_seconds) + 10)
+    signal.signal(signal.SIGTERM, _stop_workers)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(topology, file)
         file.flush()
         args = launch_command_parser().parse_args(
             ["--config_file", file.name, "--rdzv_conf", "timeout=60", str(SCRIPT), *to_flags(config, TrainConfig)]
         )
+        args.signals_to_handle = "SIGQUIT"  # of torchrun; SIGTERM is handled above
         try:
             launch_command(args)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            return _failed(rank, failure.exitcode)
+            return _failed(*_cause(error), tell)
         except subprocess.CalledProcessError as error:
-            return _failed(0, error.returncode)
+            return _failed(0, error.returncode, tell)
+        except dist.DistError as error:  # raised before there are workers
+            raise AwayError(f"the machines' launchers did not meet: {str(error).splitlines()[0]}") from None
     return 0
 
 
-def _failed(rank: int, code: int) -> int:
-    if code != 2:  # of 2 it has told the reason itself
-        print(f"p2p-llm-forge: process {rank} ended with exit code {code}", file=sys.stderr, flush=True)
+def _stop_workers(number: int, frame: Any) -> None:
+    """SIGTERM to the launcher is meant for its workers: they save and end, and then it ends by itself."""
+    workers = psutil.Process().children()
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.terminate()
+    if not workers:
+        sys.exit(128 + number)
+
+
+def _cause(error: ChildFailedError) -> tuple[int, int]:
+    """Returns (rank, exit code) of the process that failed first, not of one that failed by its end."""
+    failures = error.failures
+    rank = min(failures, key=lambda n: (failures[n].exitcode in (LOST, -signal.SIGTERM), failures[n].timestamp))
+    return rank, failures[rank].exitcode
+
+
+def _failed(rank: int, code: int, tell: Connection) -> int:
+    tell.send(("failed", (f"process {rank}", code)))
     return code if code > 0 else 128 - code
 
 
