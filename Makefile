@@ -1,4 +1,5 @@
 # make demo: train the bundled model on the bundled text. make test: checks and tests. Both set up .venv first.
+# make faults: the long tests of what a run survives. make soak MINUTES=60: random faults for so long, one SEED.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ SOURCES := forge_lib scripts tests data
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo style quality test clean
+.PHONY: setup demo style quality test faults soak clean
 
 setup: .venv/ready
 
@@ -48,6 +49,12 @@ quality: .venv/ready-dev
 
 test: quality
 	$(BIN)/python -m pytest
+
+faults: .venv/ready-dev
+	$(BIN)/python -m pytest -m faults
+
+soak: .venv/ready-dev
+	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
 clean:
 	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache
