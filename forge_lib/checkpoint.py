@@ -170,7 +170,7 @@ class Saver:
         except (OSError, SafetensorError) as problem:
             error = _describe(problem)
             if path:
-                error = f"it is written, but older ones could not be deleted: {error}"
+                error = f"older ones could not be deleted: {error}"
             sweep(self.folder)
         return Outcome(step, path, error, time.monotonic() - start, copy_seconds)
 

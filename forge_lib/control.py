@@ -12,17 +12,25 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from forge_lib.config import UserError, World
 
 PR_SET_PDEATHSIG = 1
 LOOK_SECONDS = 0.5  # how often the stop file is looked for
 LOCK_BYTES = 512
+LAST_SAVE_SECONDS = 600  # how long the save of a run that was stopped is waited for
 
 
 def die_with_launcher(world: World) -> None:
-    """Has the kernel kill this process when its launcher dies: it would train on alone. Linux only."""
-    if world.num_processes > 1 and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Has the kernel end this process when its launcher dies; it would train on alone. Linux only.
+
+    One of several processes is killed. A single one, which accelerate's simple launcher does not even tell of its own
+    end, is asked to stop, and saves.
+    """
+    if sys.platform == "linux" and (world.num_processes > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ):
+        number = signal.SIGKILL if world.num_processes > 1 else signal.SIGTERM
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
 
 
 class StopRequest:
@@ -126,21 +134,33 @@ class RunLock:
         """
         self._file = os.fdopen(os.open(self.folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         self._facts = {"host": socket.gethostname(), "pid": os.getpid(), "run_id": run_id}
+        until = time.monotonic() + LAST_SAVE_SECONDS
+        while not self._try():
+            holder = self._holder()
+            if holder["run_id"] == run_id:
+                return
+            dead = holder["host"] == socket.gethostname() and not psutil.pid_exists(holder["pid"])
+            if not dead or time.monotonic() > until:  # of a dead one, only the last save is still being written
+                raise UserError(
+                    f"--output-dir {self.folder} is in use by another run (process {holder['pid']} on "
+                    f"{holder['host']}); wait for its end, stop it, or name another folder"
+                )
+            time.sleep(LOOK_SECONDS)
+        self.held = True
+        self.at(0)
+
+    def _try(self) -> bool:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            try:
-                holder = json.loads(self._file.read(LOCK_BYTES))
-            except ValueError:
-                holder = {"host": "?", "pid": "?", "run_id": ""}
-            if holder["run_id"] == run_id:
-                return
-            raise UserError(
-                f"--output-dir {self.folder} is in use by another run (process {holder['pid']} on {holder['host']}); "
-                "wait for its end, stop it, or name another folder"
-            ) from None
-        self.held = True
-        self.at(0)
+            return False
+        return True
+
+    def _holder(self) -> dict:
+        try:
+            return json.loads(os.pread(self._file.fileno(), LOCK_BYTES, 0))
+        except ValueError:
+            return {"host": "?", "pid": 0, "run_id": ""}
 
     def at(self, step: int) -> None:
         """Notes the step that is done; cheap, to be called each step."""

@@ -1,5 +1,6 @@
 """Tokenizer, model, loss, optimizers, learning rates: thin helpers over transformers, peft and torch.optim."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -47,6 +48,7 @@ def _source(config: ModelNameConfig) -> dict:
     return {"pretrained_model_name_or_path": name, "local_files_only": not _hub_answers(), **options}
 
 
+@functools.cache
 def _hub_answers() -> bool:
     """One quick request: the libraries above try for most of a minute before they give up."""
     if constants.HF_HUB_OFFLINE:

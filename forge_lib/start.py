@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forge_lib import batches, checkpoint, cluster, control, corpus, transfer
 from forge_lib import model as models
-from forge_lib.config import TrainConfig, UserError, World
+from forge_lib.config import TrainConfig, UserError, World, flag_name
 from forge_lib.peers import Peers
 
 logger = logging.getLogger("forge")
@@ -180,7 +180,7 @@ def fetch_store(
     if not store and theirs["is_store"] and not corpus.is_here(str(folder)):
         folder = Path(path).expanduser()
     here = corpus.is_store(folder)
-    fetch("the token store", folder if here else None, folder, world, peers, agreement)
+    fetch(f"the token store of {flag_name(field)}", folder if here else None, folder, world, peers, agreement)
     store = store or corpus.open_store(folder)
     if world.is_local_main and not have_it[world.process_index] and here:
         corpus.verify_store(store, progress=peers.say)
@@ -256,7 +256,7 @@ def resume(
     newest = max(each["step"] for each in all_found)
     if newest < 0:
         if foreign:
-            raise UserError("; ".join(dict.fromkeys(foreign)))
+            raise UserError(f"{'; '.join(dict.fromkeys(foreign))}. Keep the old values, or name another --output-dir")
         if config.resume not in ("auto", "never"):
             raise UserError(f"--resume {config.resume}: no such checkpoint on any machine")
         return None, lines

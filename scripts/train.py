@@ -376,7 +376,9 @@ def report_saves(run: Run) -> None:
     """Says which checkpoints have been written since it was last asked, and which could not be."""
     for outcome in run.saver.outcomes():
         if outcome.error:
-            logger.error(f"the checkpoint of step {outcome.step} could not be written: {outcome.error}; going on")
+            what = "was not written" if outcome.path is None else "is written, but"
+            logger.error(f"the checkpoint of step {outcome.step} {what}: {outcome.error}; the run goes on")
+        if outcome.path is None:
             run.log.write(step=outcome.step, event="checkpoint_failed", error=outcome.error)
         else:
             run.log.write(step=outcome.step, event="checkpoint", path=str(outcome.path), seconds=outcome.seconds)

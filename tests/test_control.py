@@ -48,6 +48,19 @@ def test_a_folder_in_use_is_refused_until_its_holder_is_dead(tmp_path, holder):
         assert lock.held
 
 
+def test_the_last_save_of_a_dead_holder_is_waited_for(tmp_path, holder):
+    """A forked child that outlives the run holds the lock on, until the save is on disk."""
+    program = HOLDER.replace("time.sleep(60)", "os.fork() or time.sleep(3) or os._exit(0)\n    time.sleep(60)")
+    (tmp_path / "run").mkdir()
+    stopped = subprocess.Popen([sys.executable, "-c", f"import os{program}", tmp_path / "run"], stdout=subprocess.PIPE)
+    assert stopped.stdout.readline() == b"held\n"
+    stopped.kill()
+    stopped.wait()
+    with control.RunLock(tmp_path / "run") as lock:
+        lock.take("two")
+        assert lock.held
+
+
 def test_a_folder_that_two_machines_of_a_run_share_is_held_by_one(tmp_path, holder):
     with control.RunLock(tmp_path) as lock:
         lock.take("one")

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from conftest import BIN, QUIET, SHORT, losses, rows
 
-from forge_lib import launch
+from forge_lib import launch, rollcall
 
 FORGE = [BIN / "p2p-llm-forge"]
 FLAGS = [*SHORT, *QUIET, "--max-steps", "3"]
@@ -57,7 +57,7 @@ def test_the_exit_code_of_the_script_comes_through(run, tmp_path):
 @pytest.fixture
 def refused(capfd, monkeypatch, tmp_path):
     """Runs the command in this process, with less patience, to its refusal; returns its message."""
-    monkeypatch.setattr(launch, "REACH_SECONDS", 4)
+    monkeypatch.setattr(rollcall, "REACH_SECONDS", 4)
 
     def refused(*flags) -> str:
         with pytest.raises(SystemExit) as ended:
