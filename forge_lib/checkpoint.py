@@ -43,6 +43,7 @@ TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 FILES = (*TENSOR_FILES, "state.json")
 MAX_JSON_BYTES = 1 << 24
 BLOCK_BYTES = 1 << 20
+NICENESS = 10  # of the writing thread: it takes what training leaves, and a tenth of a core where that is nothing
 OUTLIVING_SECONDS = 600  # what a save may take whose parent is gone
 DAMAGE = (OSError, ValueError, RecursionError, SafetensorError)  # what reading a bad checkpoint may raise
 
@@ -157,7 +158,7 @@ class Saver:
     def _save_quietly(self, step: int, text: bytes, start: float, copy_seconds: float) -> None:
         """Saves the buffers with what processor time training leaves."""
         if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         outcome = self._save(step, self._buffers, text, start, copy_seconds)
         self._ended.append(outcome)  # `outcomes` may have put another list in its place meanwhile
 

@@ -351,7 +351,10 @@ def _launch(config: ForgeConfig, tell: Connection) -> int:
         "mixed_precision": "no",
     }
     # Its own account of a failed process is a page long; the process has said what it had to say.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the processes: no stack for a connection that ends
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(config.grace_seconds) + 10)
     signal.signal(signal.SIGTERM, _stop_workers)

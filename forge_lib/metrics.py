@@ -3,11 +3,13 @@
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -311,7 +313,6 @@ class MetricsLog:
 
     def __init__(self, folder: Path, enabled: bool):
         self._path = folder / "metrics.jsonl" if enabled else None
-        self._torn = False  # whether the last line may be half a line
         if enabled and self._path.exists():
             text = self._path.read_bytes()
             if not text.endswith(b"\n"):  # a line that a killed run has not finished
@@ -322,11 +323,11 @@ class MetricsLog:
         if not self._path:
             return
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        line = "\n" * self._torn + json.dumps(row, ensure_ascii=False) + "\n"
+        size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(line)
-            self._torn = False
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
-            self._torn = True
+            with suppress(OSError):
+                os.truncate(self._path, size)  # half a row is none
             logger.warning(f"{self._path} cannot be written to: {error.strerror}; the run goes on")

@@ -26,6 +26,7 @@ POLL_SECONDS = 0.1
 BEAT_SECONDS = 0.5
 STORE_SECONDS = 30  # the launcher has opened its store before it starts a process
 WAIT_LINE_SECONDS = 10
+START_SECONDS = 180  # all processes are started at about the same time; one that says nothing for so long is lost
 SETTLE_SECONDS = 3  # after a failed collective: a process that does not beat in this time is the one that is lost
 LEAVE_SECONDS = 2  # once the run is known to be over: how long this process may take to notice it by itself
 FAREWELL_SECONDS = 5  # how long a failing process waits until its peers have heard why
@@ -67,6 +68,7 @@ class Peers:
     """
 
     met: ClassVar[bool] = False  # whether this process has a side channel that tells its errors
+    stuck: ClassVar[bool] = False  # whether a thread of one still waits for a link that has fallen silent
 
     def __init__(self, world: World, timeout_seconds: float = 60.0, leave: Callable[[int], None] = os._exit):
         self.world, self.timeout_seconds, self.host = world, timeout_seconds, socket.gethostname()
@@ -77,14 +79,14 @@ class Peers:
         self._done, self._leaving = threading.Event(), threading.Event()
         self._states: dict[int, dict] = {}  # what each process has said last
         self._changed: dict[int, float] = {}  # and when: its beat counts up
-        self._talked = time.monotonic()  # when the store has last answered
+        self._begun = self._talked = time.monotonic()  # when the store has last answered
         self._verdict: dict | None = None  # the first error that any process has told
 
     def __enter__(self):
         if self.world.num_processes > 1:
             Peers.met = True
             self._store = open_store(self.world)
-            self._talked = time.monotonic()
+            self._begun = self._talked = time.monotonic()
             self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._watch)]
             for thread in self._threads:
                 thread.start()
@@ -105,6 +107,7 @@ class Peers:
             self._done.set()
             for thread in self._threads:
                 thread.join(1)
+            Peers.stuck = any(thread.is_alive() for thread in self._threads)
         if found is not error:
             raise found from None
 
@@ -209,15 +212,12 @@ class Peers:
 
     def _watch(self) -> None:
         """Ends this process where it cannot come to know by itself that the run is over, as in a collective."""
-        since = None
+        since, looked = None, time.monotonic()
         while not self._done.wait(BEAT_SECONDS):
             now = time.monotonic()
             if self._verdict is None:
-                silent = [rank for rank, changed in self._changed.items() if now - changed > self.timeout_seconds]
-                if now - self._talked > self.timeout_seconds:
-                    self._verdict = self._verdict_on_main_machine(f"silent for {self.timeout_seconds:g} s")
-                elif silent:
-                    self._verdict = self._verdict_on(silent, f"silent for {self.timeout_seconds:g} s")
+                self._verdict = self._find_lost(now, looked)
+                looked = now
                 continue
             since = since or now
             if now - since > LEAVE_SECONDS and not self._leaving.is_set():
@@ -229,6 +229,25 @@ class Peers:
                 time.sleep(BEAT_SECONDS)
                 self._leave(exit_code(error))
                 return
+
+    def _find_lost(self, now: float, looked: float) -> dict | None:
+        """Returns the verdict on who has been silent for too long, if anybody has."""
+        why = f"silent for {self.timeout_seconds:g} s"
+        if now - looked > self.timeout_seconds:
+            text = f"{self._me()} was frozen for {now - looked:.0f} s: the others have given it up. {GO_ON}"
+            return self._verdict_with("lost", text)
+        if now - self._talked > self.timeout_seconds:
+            return self._verdict_on_main_machine(why)
+        if silent := [rank for rank, changed in self._changed.items() if now - changed > self.timeout_seconds]:
+            return self._verdict_on(silent, why)
+        unheard = [rank for rank in range(self.world.num_processes) if rank not in self._states]
+        if unheard and now - self._begun > max(START_SECONDS, self.timeout_seconds):
+            names = ", ".join(map(str, unheard))
+            text = (
+                f"lost process {names}, which has not begun within {now - self._begun:.0f} s: see its machine. {GO_ON}"
+            )
+            return self._verdict_with("lost", text)
+        return None
 
     # What an error means, and how the others hear of it.
 
@@ -393,6 +412,8 @@ def one_message(program: str) -> Iterator[None]:
             traceback.print_exc()
             _end(1)
     else:
+        if Peers.stuck:
+            _end(0)
         return
     word = "" if isinstance(found, Stopped) else "error: "
     print(f"{program}: {word}{found}", file=sys.stderr, flush=True)
@@ -409,8 +430,8 @@ def as_mistake(error: BaseException) -> BaseException:
 
 
 def _end(code: int) -> None:
-    """Ends this process; with a process group that has failed, without the interpreter's way out, which may hang."""
-    if dist.is_initialized():
+    """Ends this process; with a failed process group or a silent link, without the interpreter's way out: it hangs."""
+    if dist.is_initialized() or Peers.stuck:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -67,6 +67,10 @@ class Roll:
         config = self.config
         link = self._reach() if config.node_rank else None
         store = _open_store(config, timeout_seconds=REACH_SECONDS / 2, is_master=config.node_rank == 0)
+        if self.is_restart:
+            # Processes of the attempt before may be on this port still, waiting for one that is gone.
+            verdict = {"kind": "lost", "rank": -1, "text": f"{self.me['host']} has started again"}
+            _ask(dist.PrefixStore("forge/0", store.underlying_store).compare_set, "error", "", json.dumps(verdict))
         self._sign_in(store)
         start = time.monotonic()
         while missing := [n for n in range(config.num_nodes) if not _ask(store.check, [f"node/{n}"])]:

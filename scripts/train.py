@@ -132,7 +132,7 @@ def train(
     peak_flops = sum(peer["flops"].get(dtype, peer["flops"]["fp32"]) for peer in run.agreement.peers)
     throughput = metrics.Throughput(accelerator.unwrap_model(model), config.sequence_length, peak_flops)
     spikes = metrics.SpikeDetector()
-    results, stopped_by, skipped, overflows = {}, "", 0, 0
+    results, stopped_by, skipped, overflows, own_seconds = {}, "", 0, 0, 0.0
 
     if inputs.eval_dataset and config.eval_every and first_step in (0, plan.num_steps):
         results = evaluate(run, model, first_step)
@@ -196,13 +196,19 @@ def train(
             sync_seconds, bytes_sent = sync.take()
             step_seconds = time.perf_counter() - step_start
             throughput.add(len(plan.batch(step)) * config.sequence_length, step_seconds)
+            own_seconds += step_seconds - sync_seconds
             bar.update()
             usual_loss = spikes.usual(mean_loss)
             if usual_loss is not None:
                 logger.warning(f"step {step_done}: loss {mean_loss:.4f} is a spike, usual is {usual_loss:.4f}")
                 run.log.write(step=step_done, event="loss_spike", loss=mean_loss, usual_loss=usual_loss)
             if is_due(config.log_every, step_done, plan.num_steps):
-                peak = torch.tensor([metrics.peak_memory_bytes(accelerator.device)], device=accelerator.device)
+                mine = [metrics.peak_memory_bytes(accelerator.device), own_seconds]
+                of_all = gather(
+                    torch.tensor([mine], dtype=metrics.sum_dtype(accelerator.device), device=accelerator.device)
+                ).cpu()
+                name_straggler(run, step_done, of_all[:, 1].tolist())
+                own_seconds = 0.0
                 tokens_per_second, mfu = throughput.take()
                 row = {
                     "step": step_done,
@@ -218,7 +224,7 @@ def train(
                     "sync_seconds": sync_seconds,
                     "bytes_sent": bytes_sent,
                     "mfu": mfu,
-                    "peak_memory_bytes": gather(peak).max().item(),
+                    "peak_memory_bytes": int(of_all[:, 0].max()),
                     "num_processes": accelerator.num_processes,
                 }
                 run.log.write(**row)
@@ -329,6 +335,25 @@ def evaluate(run: Run, model: torch.nn.Module, step: int) -> dict[str, float]:
         f"{results['bits_per_byte']:.3f} bits/byte  accuracy {results['next_token_accuracy']:.1%}"
     )
     return results
+
+
+def name_straggler(run: Run, step: int, seconds: list[float]) -> None:
+    """Says which process the others wait for, where it takes twice as long as they do.
+
+    Args:
+        step: steps done.
+        seconds: what each process has taken by itself since this was last asked.
+    """
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    others = sorted(seconds[:slowest] + seconds[slowest + 1 :])
+    usual = others[(len(others) - 1) // 2] if others else math.inf
+    if seconds[slowest] > 2 * usual:
+        host = run.agreement.peers[slowest]["host"]
+        logger.warning(
+            f"step {step}: the others wait for process {slowest} on {host}, which takes "
+            f"{seconds[slowest] / usual:.1f} times as long; --shares can give it less"
+        )
+        run.log.write(step=step, event="straggler", process=slowest, host=host, ratio=seconds[slowest] / usual)
 
 
 def write_sample(run: Run, model: torch.nn.Module, step: int) -> None:

@@ -1,6 +1,7 @@
 """What the tests share: commands run as a user runs them, free ports, tiny models, and hosts in network namespaces."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 TINY = ["--model-name", "data/tiny_gpt2", "--dataset-path", "data/sample_corpus.txt", "--sample-by", "paragraph"]
 SHORT = [*TINY, "--sequence-length", "64", "--batch-size", "8", "--max-steps", "50", "--learning-rate", "1e-3"]
+SHORT += ["--mixed-precision", "no"]
 QUIET = ["--eval-every", "0", "--checkpoint-every", "0", "--log-every", "1"]
 
 
@@ -138,6 +140,75 @@ def processes(folder: Path, port: int, **topology) -> tuple:
     return (BIN / "accelerate", "launch", "--config_file", path)
 
 
+def until(condition, seconds: float, what: str):
+    """Returns what `condition` returns as soon as it is true; past the time limit the test fails, saying for what."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > end:
+            pytest.fail(f"waited {seconds:g} s in vain: {what}")
+        time.sleep(0.05)
+    return found
+
+
+def wait_for_step(folder: Path, step: int, seconds: float = 90) -> None:
+    """Waits until the run in a folder has done so many steps."""
+    until(lambda: lock_of(folder).get("step", -1) >= step, seconds, f"step {step} in {folder}")
+
+
+def lock_of(folder: Path) -> dict:
+    """What the run in a folder says of itself while it trains: host, pid and step; nothing before it has begun."""
+    try:
+        return json.loads((folder / "run.lock").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Whether it lives: a container's first process may leave those that have ended as they are."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def environment(process: psutil.Process) -> dict[str, str]:
+    """A living process's environment, empty where it has just ended."""
+    with contextlib.suppress(psutil.Error, OSError):
+        return process.environ() if is_running(process) else {}
+    return {}
+
+
+def processes_with(word: str) -> list[psutil.Process]:
+    """The living processes that have a word in their environment: orphans are found by what they have inherited."""
+    return [process for process in psutil.process_iter() if word in environment(process).values()]
+
+
+def workers(word: str) -> dict[int, psutil.Process]:
+    """Those of them that train, by rank: launchers have no rank, and what a worker has forked has its own."""
+    found = {}
+    for process in processes_with(word):
+        with contextlib.suppress(psutil.Error):
+            rank = environment(process).get("RANK")
+            if rank is not None and "RANK" not in environment(process.parent() or psutil.Process(1)):
+                found[int(rank)] = process
+    return found
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def tmpfs(path: Path, size: str):
+    """A disk of its own, of so many bytes ("8m"), at a folder that is made; needs root."""
+    path.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
 def rows(folder: Path, key: str = "loss") -> list[dict]:
     """The rows of metrics.jsonl that have `key`."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -191,6 +262,14 @@ class Hosts:
         """The words before a command that run it on machine n, from 1."""
         return self._enter(n)
 
+    def cut(self, n: int) -> None:
+        """Cuts the link of machine n, silently."""
+        subprocess.run([*self._enter(0), *f"ip link set v{n} down".split()], check=True)
+
+    def heal(self, n: int) -> None:
+        """Mends it again."""
+        subprocess.run([*self._enter(0), *f"ip link set v{n} up".split()], check=True)
+
     def close(self) -> None:
         """Removes the machines."""
         for holder in self._holders:
@@ -210,6 +289,42 @@ def hosts():
     yield make
     for each in made:
         each.close()
+
+
+class FaultTable:
+    """What was tried and what happened, for a person to read at the end."""
+
+    def __init__(self):
+        self.rows: dict[tuple[str, str], list[float]] = {}
+
+    def add(self, fault: str, happened: str, seconds: float) -> None:
+        """One trial: the time from the fault to what happened."""
+        self.rows.setdefault((fault, happened), []).append(seconds)
+
+    def lines(self) -> list[str]:
+        """A Markdown table."""
+        lines = ["| Fault | Times | What happened | Seconds |", "|---|---|---|---|"]
+        for (fault, happened), seconds in self.rows.items():
+            low, high = f"{min(seconds):.1f}", f"{max(seconds):.1f}"
+            lines.append(f"| {fault} | {len(seconds)} | {happened} | {low if low == high else f'{low} to {high}'} |")
+        return lines
+
+
+FAULTS = FaultTable()
+
+
+@pytest.fixture
+def table() -> FaultTable:
+    """Where a test of a fault notes what happened; printed at the end, and written to runs/faults.md."""
+    return FAULTS
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FAULTS.rows:
+        terminalreporter.section("faults")
+        terminalreporter.write_line("\n".join(FAULTS.lines()))
+        (ROOT / "runs").mkdir(exist_ok=True)
+        (ROOT / "runs" / "faults.md").write_text("\n".join(FAULTS.lines()) + "\n")
 
 
 def pytest_collection_modifyitems(items):

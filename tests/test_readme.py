@@ -19,6 +19,7 @@ CONFIGS = {
     "evaluate": "EvaluateConfig",
     "generate": "GenerateConfig",
     "prepare_data": "PrepareConfig",
+    "benchmark": "BenchmarkConfig",
 }
 
 
