@@ -94,6 +94,7 @@ class Saver:
         self._buffers: Tensors = {}
         self._ended: list[Outcome] = []
         self._write: Future | None = None
+        self.last_step = -1  # of the newest checkpoint that it has written
 
     def save(self, step: int, model: nn.Module, optimizers: list, state: dict) -> None:
         """Saves the tensors as they are now; waits for the save before it.
@@ -153,6 +154,7 @@ class Saver:
             outcome = Outcome(**asdict(outcome) | {"path": outcome.path and Path(outcome.path)})
         else:
             outcome = Outcome(step, None, "the process that wrote it died", time.monotonic() - start, copy_seconds)
+        self.last_step = step if outcome.path else self.last_step
         self._ended.append(outcome)
 
     def _save_quietly(self, step: int, text: bytes, start: float, copy_seconds: float) -> None:
@@ -167,15 +169,16 @@ class Saver:
         try:
             _write_checkpoint(self.folder, f"step-{step:08d}", tensors, text)
             path = self.folder / f"step-{step:08d}"
-            self._prune(step)
+            self.prune(step)
         except (OSError, SafetensorError) as problem:
             error = _describe(problem)
             if path:
                 error = f"older ones could not be deleted: {error}"
             sweep(self.folder)
+        self.last_step = step if path else self.last_step
         return Outcome(step, path, error, time.monotonic() - start, copy_seconds)
 
-    def _prune(self, step: int) -> None:
+    def prune(self, step: int) -> None:
         """Deletes what need not stay; checkpoints newer than `step` were passed over, and do not count."""
         for leftover in (self.folder / f".replaced-step-{step:08d}", *self.folder.glob(".partial-*")):
             _remove(leftover)
@@ -249,6 +252,21 @@ def find(folder: Path, resume: str, run: dict) -> Found:
     return found
 
 
+def adopt(path: Path, folder: Path, step: int) -> Path:
+    """Copies a checkpoint that lies elsewhere into the run's folder, complete or not at all; returns its new path."""
+    target, partial_path = folder / f"step-{step:08d}", folder / f".partial-step-{step:08d}"
+    if path.resolve() == target.resolve():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove(partial_path)
+    partial_path.mkdir()
+    for name in (*FILES, "manifest.json"):
+        shutil.copyfile(path / name, partial_path / name)
+        _flush(partial_path / name)
+    _place(partial_path, target)
+    return target
+
+
 def set_aside(folder: Path, newer_than: int) -> list[str]:
     """Renames complete checkpoints newer than a step, so that they are not found again; returns their new names."""
     names = []
@@ -275,7 +293,7 @@ def differences(saved: dict, now: dict) -> list[str]:
     return [
         f"{name} was {_brief(saved.get(name))} and is now {_brief(value)}"
         for name, value in now.items()
-        if saved.get(name) != value
+        if name in saved and saved[name] != value
     ]
 
 
@@ -392,7 +410,7 @@ def _write_checkpoint(folder: Path, name: str, tensors: Tensors, text: bytes) ->
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         _flush(folder.parent)
-    path, partial_path, replaced = folder / name, folder / f".partial-{name}", folder / f".replaced-{name}"
+    path, partial_path = folder / name, folder / f".partial-{name}"
     _remove(partial_path)
     partial_path.mkdir()
     writes = [partial(_write_tensors, partial_path / file, named) for file, named in tensors.items()]
@@ -403,12 +421,18 @@ def _write_checkpoint(folder: Path, name: str, tensors: Tensors, text: bytes) ->
     }
     manifest = {"format_version": FORMAT_VERSION, "files": files}
     _write_bytes(partial_path / "manifest.json", _to_json({**manifest, "sha256": _seal(manifest)}))
+    _place(partial_path, path)
+
+
+def _place(partial_path: Path, path: Path) -> None:
+    """Gives a complete folder its name; what has had that name stays beside it until the next pruning or sweep."""
     _flush(partial_path)
     if os.path.lexists(path):
+        replaced = path.with_name(f".replaced-{path.name}")
         _remove(replaced)
         path.rename(replaced)
     partial_path.rename(path)
-    _flush(folder)
+    _flush(path.parent)
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:

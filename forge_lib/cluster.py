@@ -22,6 +22,7 @@ from torch import nn
 from forge_lib.config import WIZARD_CURE, UserError, World, WorldConfig, flag_name
 
 GROUP_START_SECONDS = 600  # time-out of the process group until the first step is done
+NCCL_MARGIN_SECONDS = 15
 DDP_BUCKET_BYTES = 250 << 20  # DDP's first broadcast sends so much at once
 LOCAL_FIELDS = {"dataset_path", "eval_dataset_path", "output_dir", "model_name", "micro_batch_size"}  # may differ
 
@@ -192,7 +193,12 @@ def agree(peers: list[dict], config: WorldConfig) -> Agreement:
         raise UserError("--optimizer muon does not work with mixed precision fp16; use bf16 or no")
     if precision == "fp16" and not all_gpu:
         raise UserError("mixed precision fp16 needs a GPU for every process; use --mixed-precision bf16 or no")
-    alike = len({(peer["device_name"], peer["instructions"], peer["threads"]) for peer in peers}) == 1
+    alike = (
+        len(
+            {(peer["device_name"], peer["instructions"], peer["threads"], peer["versions"]["torch"]) for peer in peers}
+        )
+        == 1
+    )
     return Agreement(peers=peers, backend=backend, mixed_precision=precision, warnings=warnings, alike=alike)
 
 
@@ -286,20 +292,23 @@ class GroupTimeout:
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, floor_seconds: float):
-        self.floor_seconds, self.pause_seconds, self.seconds = floor_seconds, 0.0, 0.0
+        # NCCL ends the process when time is up, and says no name: whoever watches for silent peers comes first.
+        self.floor_seconds = floor_seconds + (NCCL_MARGIN_SECONDS if accelerator.device.type == "cuda" else 0)
+        self.pause_seconds, self.seconds, self._least = 0.0, 0.0, GROUP_START_SECONDS
         self.num_bytes = min(sum(p.nbytes for p in model.parameters()), DDP_BUCKET_BYTES)
         self.bandwidth = measure_bandwidth(accelerator) if accelerator.num_processes > 1 else 0.0
-        self._set(GROUP_START_SECONDS)
+        self._set()
 
     def first_step_done(self) -> None:
         """What is slow but once, as compiling, is over."""
-        self._set(self.floor_seconds)
+        self._least = self.floor_seconds
+        self._set()
 
     def paused(self, seconds: float) -> None:
         """Notes a pause."""
         if seconds > self.pause_seconds:
             self.pause_seconds = seconds
-            self._set(self.floor_seconds)
+            self._set()
 
     def describe(self) -> dict[str, float]:
         """Returns the time-out, in seconds, and what it follows from, for run.json."""
@@ -311,9 +320,9 @@ class GroupTimeout:
             "longest_pause_seconds": self.pause_seconds,
         }
 
-    def _set(self, floor_seconds: float) -> None:
+    def _set(self) -> None:
         if self.bandwidth:
-            self.seconds = max(floor_seconds, 4 * self.num_bytes / self.bandwidth, 2 * self.pause_seconds)
+            self.seconds = max(self._least, 4 * self.num_bytes / self.bandwidth, 2 * self.pause_seconds)
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.seconds), dist.group.WORLD)
 
 

@@ -45,7 +45,7 @@ class StopRequest:
 
     def __init__(self, error: type[BaseException]):
         self._error, self._deferred, self._file, self._looked = error, False, None, 0.0
-        self._reason = ""
+        self._reason, self._begun = "", time.time()
 
     def __enter__(self):
         self._previous = {}
@@ -66,7 +66,8 @@ class StopRequest:
         self._deferred = True
         if folder:
             self._file = folder / "stop"
-            self._file.unlink(missing_ok=True)
+            if self._file.exists() and self._file.stat().st_mtime < self._begun:
+                self._file.unlink()
 
     def reason(self) -> str:
         """Returns why the run shall stop, and nothing while it shall not; cheap, to be called each step."""
@@ -91,8 +92,8 @@ class StopRequest:
             raise self._error(f"{name} before the first step")
 
 
-def limit_grace(seconds: float, message: str) -> None:
-    """Ends this process with exit code 1 and a message, unless it has ended by itself within `seconds`."""
+def limit_grace(seconds: float, message: str) -> threading.Timer:
+    """Ends this process with exit code 1 and a message after so many seconds, unless what it returns is cancelled."""
 
     def end() -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -101,6 +102,7 @@ def limit_grace(seconds: float, message: str) -> None:
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
+    return timer
 
 
 class RunLock:
@@ -141,13 +143,26 @@ class RunLock:
                 return
             dead = holder["host"] == socket.gethostname() and not psutil.pid_exists(holder["pid"])
             if not dead or time.monotonic() > until:  # of a dead one, only the last save is still being written
-                raise UserError(
-                    f"--output-dir {self.folder} is in use by another run (process {holder['pid']} on "
-                    f"{holder['host']}); wait for its end, stop it, or name another folder"
-                )
+                raise self._in_use(holder)
             time.sleep(LOOK_SECONDS)
         self.held = True
         self.at(0)
+        os.fsync(self._file.fileno())
+
+    def check_free(self) -> None:
+        """Looks, without taking it, whether another run on this machine holds it: UserError then."""
+        with suppress(FileNotFoundError), open(self.folder / "run.lock", "rb") as self._file:
+            holder = self._holder()
+            free = self._try()  # let go when the file is closed
+            if not free and holder["host"] == socket.gethostname() and psutil.pid_exists(holder["pid"]):
+                raise self._in_use(holder)
+        self._file = None
+
+    def _in_use(self, holder: dict) -> UserError:
+        return UserError(
+            f"--output-dir {self.folder} is in use by another run (process {holder['pid']} on {holder['host']}); wait "
+            "for its end, stop it, or name another folder"
+        )
 
     def _try(self) -> bool:
         try:

@@ -32,6 +32,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from forge_lib.config import LaunchConfig, TrainConfig, UserError, parse_config, to_flags
+from forge_lib.control import RunLock
 from forge_lib.rollcall import AwayError, Roll, check_port
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
@@ -128,7 +129,7 @@ class Supervisor:
         farthest, pause = -1, FIRST_PAUSE
         while True:
             before = _read_lock(self.config)
-            code = self._attempt(is_restart=bool(failures))
+            code = self._attempt(is_patient=bool(failures or self.config.max_restarts))
             if code == 0 or (self.stopping and code == TERMINATED):
                 return 0
             if code == MISTAKE or self.is_over:
@@ -136,6 +137,8 @@ class Supervisor:
             lock = _read_lock(self.config)
             step = lock.get("step") if lock.get("pid") != before.get("pid") else None
             failures.append((code, step))
+            if step:  # it has begun from where --resume says, and goes on from its own checkpoints
+                self.config.resume = "auto"
             if step is not None and step > farthest:
                 farthest, pause = step, FIRST_PAUSE
             account = [] if code in (LOST, DIVERGED) else [self._account(step)]
@@ -168,12 +171,12 @@ class Supervisor:
             return [f"not starting again: {most} of {most} restarts are used", "its checkpoints are kept"]
         return None
 
-    def _attempt(self, is_restart: bool) -> int:
+    def _attempt(self, is_patient: bool) -> int:
         """Runs children until one has come beyond the roll call; returns the exit code."""
         self.said = time.monotonic()
         until = self.said + self.config.join_timeout
         while True:
-            code = self._run_child(is_restart, until)
+            code = self._run_child(is_patient, until)
             away = self.heard.get("away")
             if away is None:
                 return code
@@ -187,14 +190,14 @@ class Supervisor:
             self._say_now_and_then(f"{away}; trying again")
             self._pause(ROLL_PAUSE)
 
-    def _run_child(self, is_restart: bool, until: float) -> int:
+    def _run_child(self, is_patient: bool, until: float) -> int:
         """Runs a child to its end; returns its exit code. After a failure no process of it is left."""
         self.heard: dict[str, Any] = {}  # what the child has told
         self.family: set[psutil.Process] = set()  # all that it has started, and what those have
         self.told: set[psutil.Process] = set()  # the workers that were asked to stop
         self.stop_until = 0.0
         ours, theirs = FORK.Pipe(duplex=False)
-        roll = Roll(self.config, self.machine_id, self.hosts, is_restart, until, theirs)
+        roll = Roll(self.config, self.machine_id, self.hosts, is_patient, until, theirs)
         child = FORK.Process(target=_run_attempt, args=(roll, os.getpid()))
         child.start()
         theirs.close()
@@ -293,7 +296,7 @@ def _is_running(process: psutil.Process) -> bool:
 def _read_lock(config: TrainConfig) -> dict[str, Any]:
     """What train.py's local main process keeps in the run folder, {"pid": …, "step": …}; empty without it."""
     try:
-        lock = json.loads((Path(config.output_dir) / "run.lock").read_text())
+        lock = json.loads((Path(config.output_dir).expanduser() / "run.lock").read_text())
     except (OSError, ValueError):
         return {}
     return lock if isinstance(lock, dict) else {}
@@ -306,17 +309,18 @@ def _run_attempt(roll: Roll, supervisor: int) -> None:
     """One attempt: the roll call, then the launcher. Exits with the attempt's code."""
     _detach(supervisor)
     config = roll.config
-    away_code = LOST if roll.is_restart else MISTAKE
+    away_code = LOST if roll.is_patient else MISTAKE
     try:
+        RunLock(Path(config.output_dir).expanduser()).check_free()
         config.processes_per_node = config.processes_per_node or max(1, torch.cuda.device_count())
         if config.node_rank == 0 and (config.num_nodes > 1 or config.processes_per_node > 1):
-            check_port(config, patience_seconds=PORT_SECONDS if roll.is_restart else 0)
+            check_port(config, patience_seconds=PORT_SECONDS if roll.is_patient else 0)
         if config.num_nodes > 1:
             roll.tell.send(("hosts", roll.call()))
         away_code = LOST
         code = _launch(config, roll.tell)
     except AwayError as error:
-        if roll.is_restart:
+        if roll.is_patient:
             roll.tell.send(("away", str(error)))  # the supervisor decides whether to try again
             sys.exit(away_code)
         _refuse(error)

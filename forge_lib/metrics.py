@@ -299,7 +299,8 @@ class SpikeDetector:
             deviation = 1.4826 * float(np.median(np.abs(np.array(self._losses) - median)))
             if loss > median + self._num_deviations * max(deviation, 1e-3 * abs(median)):
                 usual = median
-        self._losses.append(loss)
+        if math.isfinite(loss):
+            self._losses.append(loss)
         return usual
 
 
@@ -316,7 +317,7 @@ class MetricsLog:
         if enabled and self._path.exists():
             text = self._path.read_bytes()
             if not text.endswith(b"\n"):  # a line that a killed run has not finished
-                self._path.write_bytes(text[: text.rfind(b"\n") + 1])
+                os.truncate(self._path, text.rfind(b"\n") + 1)
 
     def write(self, **row) -> None:
         """Appends a row; floats that JSON does not know (inf, nan) become null. A full disk is no reason to stop."""

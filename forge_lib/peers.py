@@ -6,6 +6,7 @@ within a second, and a machine that has died or fallen silent is known by name.
 """
 
 import json
+import math
 import os
 import socket
 import sys
@@ -28,6 +29,7 @@ STORE_SECONDS = 30  # the launcher has opened its store before it starts a proce
 WAIT_LINE_SECONDS = 10
 START_SECONDS = 180  # all processes are started at about the same time; one that says nothing for so long is lost
 SETTLE_SECONDS = 3  # after a failed collective: a process that does not beat in this time is the one that is lost
+HANG_SECONDS = 3600  # the longest wait for a process that lives, at a meeting
 LEAVE_SECONDS = 2  # once the run is known to be over: how long this process may take to notice it by itself
 FAREWELL_SECONDS = 5  # how long a failing process waits until its peers have heard why
 PROBE_SECONDS = 2
@@ -64,7 +66,7 @@ class Peers:
     Attributes:
         step: optimizer steps done, for messages.
         address: this machine's address in the network of the peers, for messages.
-        on_lost: is called with the message before this process ends for a lost peer.
+        last_words: is called with the error before this process ends for one that another has caused.
     """
 
     met: ClassVar[bool] = False  # whether this process has a side channel that tells its errors
@@ -73,8 +75,9 @@ class Peers:
     def __init__(self, world: World, timeout_seconds: float = 60.0, leave: Callable[[int], None] = os._exit):
         self.world, self.timeout_seconds, self.host = world, timeout_seconds, socket.gethostname()
         self.step, self.address = 0, ""
-        self.on_lost: Callable[[str], None] = lambda text: None
+        self.last_words: Callable[[BaseException], None] = lambda error: None
         self._leave = leave
+        self._posted: dict[str, str] = {}  # where there is one process
         self._doing = "starting"
         self._done, self._leaving = threading.Event(), threading.Event()
         self._states: dict[int, dict] = {}  # what each process has said last
@@ -85,7 +88,7 @@ class Peers:
     def __enter__(self):
         if self.world.num_processes > 1:
             Peers.met = True
-            self._store = open_store(self.world)
+            self._store = self._open_store()
             self._begun = self._talked = time.monotonic()
             self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._watch)]
             for thread in self._threads:
@@ -100,8 +103,8 @@ class Peers:
         try:
             if error is not None:
                 found = self._settle(error)
-                if isinstance(found, PeerLostError):
-                    self.on_lost(str(found))
+                if found is not error:
+                    self.last_words(found)
                 self._farewell()
         finally:
             self._done.set()
@@ -134,22 +137,26 @@ class Peers:
     def meet(self, name: str) -> float:
         """Waits until all processes have called this with the same name; returns the seconds that it took.
 
-        A barrier for waits that may be long: unlike a collective it has no time-out, and a lost machine ends it.
+        A barrier for waits that may be long: a lost machine ends it, and a process that keeps the others waiting for
+        an hour.
         """
         start = time.monotonic()
         if self.world.num_processes > 1:
-            if self._store.add(f"meet/{name}", 1) == self.world.num_processes:
-                self._store.set(f"met/{name}", "")
-            self._wait_for({-1: f"met/{name}"})
+            self._store.set(f"met/{name}/{self.world.process_index}", "")
+            self._wait_for({rank: f"met/{name}/{rank}" for rank in range(self.world.num_processes)}, HANG_SECONDS)
         return time.monotonic() - start
 
     def post(self, key: str, text: str) -> None:
         """Leaves a text under a key for all; the first one that is left stays."""
-        if self.world.num_processes > 1:
+        if self.world.num_processes == 1:
+            self._posted.setdefault(key, text)
+        else:
             self._store.compare_set(f"post/{key}", "", text)
 
     def read(self, key: str) -> str:
         """Returns the text that some process has left; call where it is known that one has."""
+        if self.world.num_processes == 1:
+            return self._posted[key]
         return self._store.get(f"post/{key}").decode()
 
     def release_launchers(self) -> None:
@@ -161,8 +168,9 @@ class Peers:
             store = self._store.underlying_store
             store.set(f"{run_id}/torchelastic/agent/terminal_state/last_member", "<val_ignored>")
 
-    def _wait_for(self, keys: dict[int, str]) -> None:
-        said, pause = time.monotonic(), POLL_SECONDS / 10
+    def _wait_for(self, keys: dict[int, str], limit_seconds: float = math.inf) -> None:
+        begun = said = time.monotonic()
+        pause = POLL_SECONDS / 10
         while True:
             try:
                 keys = {rank: key for rank, key in keys.items() if not self._store.check([key])}
@@ -174,6 +182,10 @@ class Peers:
             if self._verdict:
                 raise self._as_error(self._verdict)
             now = time.monotonic()
+            if now - begun > limit_seconds:
+                verdict = self._verdict_on(list(keys), f"the others have waited for {limit_seconds:.0f} s")
+                self._tell(verdict)
+                raise self._as_error(verdict)
             if now - said >= WAIT_LINE_SECONDS and self.world.local_process_index == 0:
                 said = now
                 for rank in (rank for rank in sorted(keys) if rank >= 0):
@@ -189,7 +201,7 @@ class Peers:
     def _talk(self) -> None:
         ranks, beat = range(self.world.num_processes), 0
         try:
-            store = open_store(self.world)
+            store = self._open_store()
             while not self._done.wait(BEAT_SECONDS if beat else 0):
                 beat += 1
                 mine = {"beat": beat, "host": self.host, "address": self.address, "doing": self._doing}
@@ -199,11 +211,17 @@ class Peers:
                     if rank in self._states or store.check([f"state/{rank}"]):
                         self._hear(rank, json.loads(store.get(f"state/{rank}")))
                 if self._verdict is None and store.check(["error"]):
-                    self._verdict = json.loads(store.get("error"))
+                    self._verdict = self._with_ranks(json.loads(store.get("error")))
                 self._talked = time.monotonic()
         except (dist.DistError, UserError):
             if self._verdict is None and not self._done.is_set():
                 self._verdict = self._verdict_on_main_machine("its launcher has stopped")
+
+    def _open_store(self) -> dist.Store:
+        """Opens a connection of its own, whose answers may take longer than a link may be silent."""
+        store = open_store(self.world)
+        store.set_timeout(timedelta(seconds=2 * self.timeout_seconds + STORE_SECONDS))
+        return store
 
     def _hear(self, rank: int, state: dict) -> None:
         if self._states.get(rank, {"beat": None})["beat"] != state["beat"]:
@@ -224,7 +242,7 @@ class Peers:
                 error = self._as_error(self._verdict)
                 threading.Thread(target=self._tell, args=(self._verdict,), daemon=True).start()
                 with suppress(Exception):
-                    self.on_lost(str(error))
+                    self.last_words(error)
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 time.sleep(BEAT_SECONDS)
                 self._leave(exit_code(error))
@@ -238,7 +256,7 @@ class Peers:
             return self._verdict_with("lost", text)
         if now - self._talked > self.timeout_seconds:
             return self._verdict_on_main_machine(why)
-        if silent := [rank for rank, changed in self._changed.items() if now - changed > self.timeout_seconds]:
+        if silent := [rank for rank, changed in list(self._changed.items()) if now - changed > self.timeout_seconds]:
             return self._verdict_on(silent, why)
         unheard = [rank for rank in range(self.world.num_processes) if rank not in self._states]
         if unheard and now - self._begun > max(START_SECONDS, self.timeout_seconds):
@@ -271,7 +289,7 @@ class Peers:
             time.sleep(POLL_SECONDS)
         if self._verdict is None:
             heard = failed + 2 * BEAT_SECONDS  # what it had said before is heard a little later
-            silent = [rank for rank, changed in self._changed.items() if changed < heard]
+            silent = [rank for rank, changed in list(self._changed.items()) if changed < heard]
             if self._talked < failed:
                 verdict = self._verdict_on_main_machine("it does not answer")
             elif silent:
@@ -284,11 +302,11 @@ class Peers:
 
     def _hung(self, error: BaseException) -> dict:
         """All processes live, yet a collective has failed: one of them hangs, or two cannot reach each other."""
-        others = [rank for rank in self._states if rank != self.world.process_index]
+        others = [rank for rank in list(self._states) if rank != self.world.process_index]
         hung = [rank for rank in others if not self._states[rank]["leaving"]]
-        if hung:
-            return self._verdict_on(hung, "it hangs")
         reason = str(error).splitlines()[0]
+        if hung:
+            return self._verdict_on(hung, f"it hangs ({reason})")
         for rank in others:
             state = self._states[rank]
             if state["address"] and not _answers(state["address"], self.world.main_port):
@@ -305,6 +323,11 @@ class Peers:
             for rank in ranks
         )
         return self._verdict_with("lost", f"lost {names}: {why}. {self._me()} was in step {self.step + 1}. {GO_ON}")
+
+    def _with_ranks(self, verdict: dict) -> dict:
+        """Names the processes of a machine whose launcher has said that it starts anew."""
+        ranks = [rank for rank, state in list(self._states.items()) if state["host"] == verdict.get("host")]
+        return self._verdict_on(ranks, "they have died, and their machine starts anew") if ranks else verdict
 
     def _verdict_on_main_machine(self, why: str) -> dict:
         state = self._states.get(0)
@@ -339,7 +362,7 @@ class Peers:
             self._store.set(f"heard/{rank}", "")
             while time.monotonic() < until:
                 now = time.monotonic()
-                gone = {r for r, changed in self._changed.items() if now - changed > SETTLE_SECONDS}
+                gone = {r for r, changed in list(self._changed.items()) if now - changed > SETTLE_SECONDS}
                 if all(r in gone or self._store.check([f"heard/{r}"]) for r in ranks):
                     return
                 time.sleep(POLL_SECONDS)

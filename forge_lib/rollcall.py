@@ -41,11 +41,11 @@ class Roll:
         config: LaunchConfig,
         machine_id: str,
         hosts: dict[int, str],
-        is_restart: bool,
+        is_patient: bool,
         until: float,
         tell: Connection,
     ):
-        self.config, self.hosts, self.is_restart, self.until, self.tell = config, hosts, is_restart, until, tell
+        self.config, self.hosts, self.is_patient, self.until, self.tell = config, hosts, is_patient, until, tell
         self.me = {"id": machine_id, "host": socket.gethostname(), "num_nodes": config.num_nodes}
         at = f"{hosts[0]} at " if 0 in hosts else ""
         self.main_machine = f"the main machine {at}{config.master_addr}:{config.master_port}"
@@ -67,9 +67,10 @@ class Roll:
         config = self.config
         link = self._reach() if config.node_rank else None
         store = _open_store(config, timeout_seconds=REACH_SECONDS / 2, is_master=config.node_rank == 0)
-        if self.is_restart:
+        if self.is_patient:
             # Processes of the attempt before may be on this port still, waiting for one that is gone.
-            verdict = {"kind": "lost", "rank": -1, "text": f"{self.me['host']} has started again"}
+            text = f"lost the processes on {self.me['host']}, which starts anew"
+            verdict = {"kind": "lost", "rank": -1, "host": self.me["host"], "text": text}
             _ask(dist.PrefixStore("forge/0", store.underlying_store).compare_set, "error", "", json.dumps(verdict))
         self._sign_in(store)
         start = time.monotonic()
@@ -77,7 +78,7 @@ class Roll:
             self._hear(store)
             names = [f"{n} ({self.hosts[n]})" if n in self.hosts else str(n) for n in missing]
             who = f"machine{'s' if len(missing) > 1 else ''} {', '.join(names)} of {config.num_nodes}"
-            if time.monotonic() > (self.until if self.is_restart else start + config.join_timeout):
+            if time.monotonic() > (self.until if self.is_patient else start + config.join_timeout):
                 raise AwayError(f"{who} did not come within --join-timeout {config.join_timeout:g} s; start them too")
             self._wait_for(f"{who} (--node-rank) at {config.master_addr}:{config.master_port}")
             time.sleep(POLL_SECONDS)
@@ -96,7 +97,7 @@ class Roll:
         """Takes this machine's number; the mistake is told to all where that cannot be."""
         config, me = self.config, self.me
         holder = json.loads(_ask(store.compare_set, f"node/{config.node_rank}", "", json.dumps(me)))
-        until = self.until if self.is_restart else time.monotonic() + REACH_SECONDS
+        until = self.until if self.is_patient else time.monotonic() + REACH_SECONDS
         while not _ask(store.check, ["node/0"]):
             if time.monotonic() > until:
                 raise AwayError(f"{self.main_machine} is there, but calls no roll")
@@ -118,13 +119,13 @@ class Roll:
     def _reach(self) -> socket.socket:
         """Returns a connection to the main machine, telling apart the ways in which that can fail."""
         config = self.config
-        patience = config.join_timeout if self.is_restart else REACH_SECONDS
-        until = self.until if self.is_restart else time.monotonic() + REACH_SECONDS
+        patience = config.join_timeout if self.is_patient else REACH_SECONDS
+        until = self.until if self.is_patient else time.monotonic() + REACH_SECONDS
         while True:
             try:
                 return socket.create_connection((config.master_addr, config.master_port), timeout=5)
             except socket.gaierror:
-                if not self.is_restart:
+                if not self.is_patient:
                     raise UserError(
                         f"--master-addr {config.master_addr}: the name does not resolve on this machine"
                     ) from None
@@ -138,7 +139,7 @@ class Roll:
                 reason, cure = (error.strerror or str(error)).lower(), "check --master-addr and the network"
             if time.monotonic() > until:
                 raise AwayError(f"cannot reach {self.main_machine} for {patience:g} s: {reason}: {cure}")
-            if self.is_restart:
+            if self.is_patient:
                 self._wait_for(f"{self.main_machine}: {reason}")
             time.sleep(1)
 

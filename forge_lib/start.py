@@ -38,8 +38,10 @@ def join(
     facts |= {"machine": world.machine, "run_id": uuid.uuid4().hex, "has": has_inputs(config)}
     peers.address = facts["address"]
     agreement = cluster.agree(peers.exchange(facts), config)
-    if world.is_local_main:
-        lock.take(agreement.peers[0]["run_id"])
+    for turn in (True, False):  # on a disk that machines share, the main one gets the folder
+        if world.is_local_main and (world.process_index == 0) == turn:
+            lock.take(agreement.peers[0]["run_id"])
+        peers.meet(f"locks, {'main machine' if turn else 'others'}")
 
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is not in torch 2.8
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
@@ -113,7 +115,7 @@ class Inputs:
 def load_inputs(config: TrainConfig, world: World, peers: Peers, agreement: cluster.Agreement) -> Inputs:
     """Loads model and data, from another machine where this one lacks them, and compares them; call on all."""
     peers.say("loading the model")
-    config = fetch_model(config, world, peers, agreement)
+    fetch_model(config, world, peers, agreement)
     tokenizer = models.load_tokenizer(config)
     torch.manual_seed(config.seed)
     model = models.load_model(config, len(tokenizer), config.sequence_length)
@@ -145,12 +147,11 @@ def load_inputs(config: TrainConfig, world: World, peers: Peers, agreement: clus
     return Inputs(tokenizer, model, store, eval_store, dataset, eval_dataset, plan, run, differences)
 
 
-def fetch_model(config: TrainConfig, world: World, peers: Peers, agreement: cluster.Agreement) -> TrainConfig:
+def fetch_model(config: TrainConfig, world: World, peers: Peers, agreement: cluster.Agreement) -> None:
     """Gets the model folder from another machine where this one lacks it."""
     if any(peer["has"]["model_name"] for peer in agreement.peers):
         folder = Path(config.model_name).expanduser()
         fetch("the model", folder if models.is_here(config.model_name) else None, folder, world, peers, agreement)
-    return config
 
 
 def fetch_store(
@@ -180,10 +181,10 @@ def fetch_store(
     if not store and theirs["is_store"] and not corpus.is_here(str(folder)):
         folder = Path(path).expanduser()
     here = corpus.is_store(folder)
+    if here and not store and world.is_local_main:  # received in an earlier run
+        corpus.verify_store(corpus.open_store(folder), progress=peers.say)
     fetch(f"the token store of {flag_name(field)}", folder if here else None, folder, world, peers, agreement)
     store = store or corpus.open_store(folder)
-    if world.is_local_main and not have_it[world.process_index] and here:
-        corpus.verify_store(store, progress=peers.say)
     return store
 
 
@@ -197,10 +198,11 @@ def fetch(
         held: the folder where this machine holds it, else None.
         target: where it shall lie.
     """
-    have_it = [facts["held"] for facts in peers.exchange({"held": held is not None}, f"{what}, who has it")]
+    mine = {"held": held is not None, "sends": held is not None and held.is_dir()}  # what is in a cache stays there
+    found = peers.exchange(mine, f"{what}, who has it")
     firsts = sorted({peer["machine"] for peer in agreement.peers})  # the first process of each machine
-    lacking = [rank for rank in firsts if not have_it[rank]]
-    sender = next((rank for rank in firsts if have_it[rank]), None)
+    lacking = [rank for rank in firsts if not found[rank]["held"]]
+    sender = next((rank for rank in firsts if found[rank]["sends"]), None)
     if not lacking or sender is None:
         return
     files = {}
@@ -265,15 +267,18 @@ def resume(
     theirs = all_found[world.machine]  # of this machine's first process
     held = Path(theirs["path"]) if theirs["sha256"] == best["sha256"] else None
     target = folder / f"step-{newest:08d}"
-    if config.resume != "auto" and lock.held:
-        lines += [f"{name} is newer than {best['path']}: set aside" for name in checkpoint.set_aside(folder, newest)]
     fetch(f"checkpoint step-{newest:08d}", held, target, world, peers, agreement)
     if newest > inputs.plan.num_steps:
         raise UserError(
             f"{best['path']} is at step {newest}, but the run shall end at step {inputs.plan.num_steps}; raise "
             "--max-steps or --epochs, or name another --output-dir"
         )
-    return checkpoint.load(held or target, inputs.model, optimizers), lines
+    state = checkpoint.load(held or target, inputs.model, optimizers)
+    peers.meet("checkpoint, loaded")
+    if lock.held and config.resume != "auto":  # the path's is the run's newest from now on
+        lines += [f"{name}, newer than {best['path']}, is set aside" for name in checkpoint.set_aside(folder, newest)]
+        checkpoint.adopt(held or target, folder, newest)
+    return state, lines
 
 
 def make_datasets(
@@ -306,6 +311,8 @@ def describe_run(config: TrainConfig, model: torch.nn.Module, store: corpus.Toke
     )
     return {
         "data": store.fingerprint,
+        "model_config": models.hash_config(model),
+        "tokenizer": store.manifest["tokenizer"]["fingerprint"],
         "model": f"{model.config.model_type} of {sum(p.numel() for p in model.parameters()):,} parameters",
         **{name: getattr(config, name) for name in same},
     }

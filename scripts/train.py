@@ -37,7 +37,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from forge_lib import batches, checkpoint, cluster, control, metrics, start
 from forge_lib import model as models
 from forge_lib.config import TrainConfig, UserError, World, flag_name, parse_config
-from forge_lib.peers import DivergedError, Peers, Stopped, one_message
+from forge_lib.peers import GO_ON, DivergedError, PeerLostError, Peers, Stopped, one_message
 
 logger = logging.getLogger("forge")
 
@@ -73,14 +73,19 @@ def main(config: TrainConfig) -> Path:
         log = metrics.MetricsLog(output_dir, accelerator.is_main_process)
         timeout = cluster.GroupTimeout(accelerator, inputs.model, config.timeout_seconds)
         saves = lock.held and start.keeps_checkpoints(config, world, agreement)
-        run = Run(config, world, peers, accelerator, agreement, inputs, saver, log, timeout, saves)
+        run = Run(config, world, peers, accelerator, agreement, inputs, saver, log, timeout, shares, saves)
+        if state and lock.held and not saves:
+            saver.prune(state["step"])  # a machine that keeps none has what it was sent to start with
         for line in (*agreement.warnings, *inputs.warnings, *notes):
             logger.warning(line)
         logger.info(cluster.describe(agreement))
         logger.info(describe_batches(config, inputs.plan, shares))
         if trackers:
             accelerator.init_trackers("p2p-llm-forge", config=dataclasses.asdict(config))
-        return train(run, optimizers, shares, state, stop, lock)
+        try:
+            return train(run, optimizers, state, stop, lock)
+        finally:
+            wait_for_save(run)
 
 
 @dataclass(frozen=True)
@@ -96,13 +101,13 @@ class Run:
     saver: checkpoint.Saver
     log: metrics.MetricsLog
     timeout: cluster.GroupTimeout
+    shares: list[int]  # sequences of each global batch by process
     saves: bool  # whether this process writes its machine's checkpoints
 
 
 def train(
     run: Run,
     optimizers: list[torch.optim.Optimizer],
-    shares: list[int],
     state: dict | None,
     stop: control.StopRequest,
     lock: control.RunLock,
@@ -112,7 +117,6 @@ def train(
     Args:
         run: what `main` has prepared.
         optimizers: of `run.inputs.model`.
-        shares: sequences of each global batch by process.
         state: of the checkpoint that the model has been loaded from.
         stop: is asked each step.
         lock: is told each step.
@@ -124,10 +128,11 @@ def train(
     sync = metrics.GradientSync(model)
     learning_rate = models.learning_rate_schedule(config, plan.num_steps)
     first_step = run.peers.step = state["step"] if state else 0
-    sampler = batches.ShareSampler(plan, shares, accelerator.process_index, first_step)
+    sampler = batches.ShareSampler(plan, run.shares, accelerator.process_index, first_step)
     loader = DataLoader(inputs.dataset, batch_sampler=sampler, pin_memory=accelerator.device.type == "cuda")
-    begin_log(run, shares, state)
-    run.peers.on_lost = lambda text: last_words(run, text)
+    begin_log(run, state)
+    lock.at(first_step)
+    run.peers.last_words = lambda error: last_words(run, error)
     dtype = "fp32" if run.agreement.mixed_precision == "no" else "bf16"
     peak_flops = sum(peer["flops"].get(dtype, peer["flops"]["fp32"]) for peer in run.agreement.peers)
     throughput = metrics.Throughput(accelerator.unwrap_model(model), config.sequence_length, peak_flops)
@@ -136,6 +141,9 @@ def train(
 
     if inputs.eval_dataset and config.eval_every and first_step in (0, plan.num_steps):
         results = evaluate(run, model, first_step)
+    settle_buckets(run, model, optimizers)
+    sync.backward_done()
+    sync.take()  # begins anew
     stop.defer(lock.folder if run.world.is_local_main else None)
     bar = tqdm(total=plan.num_steps, initial=first_step, unit="step", disable=not_a_terminal(accelerator))
     with bar, logging_redirect_tqdm():
@@ -172,6 +180,10 @@ def train(
             wait_for_totals()
             loss_sum, num_stopping = totals.tolist()  # the same on all processes, as grad_norm is
             mean_loss = loss_sum / num_targets
+            if num_stopping:
+                stopped_by = run.peers.read("stop")
+                grace = control.limit_grace(config.grace_seconds, "not saved within --grace-seconds")
+                logger.info(f"stopping after step {step + 1}: {stopped_by}")
 
             # An infinite gradient of finite losses is fp16's overflow, and the business of its gradient scaler.
             step_done = step + 1
@@ -192,7 +204,7 @@ def train(
             lock.at(step_done)
             if step == first_step:
                 run.timeout.first_step_done()
-                write_run(run, shares)
+                write_run(run)
             sync_seconds, bytes_sent = sync.take()
             step_seconds = time.perf_counter() - step_start
             throughput.add(len(plan.batch(step)) * config.sequence_length, step_seconds)
@@ -234,19 +246,19 @@ def train(
                     f"step {step_done}/{plan.num_steps}  loss {mean_loss:.4f}  grad norm {grad_norm:.2f}  "
                     f"lr {learning_rate(step):.2e}  {tokens_per_second:,.0f} tokens/s"
                 )
-            if evaluated := inputs.eval_dataset and is_due(config.eval_every, step_done, plan.num_steps):
+            if (
+                evaluated := not stopped_by
+                and inputs.eval_dataset
+                and is_due(config.eval_every, step_done, plan.num_steps)
+            ):
                 results = evaluate(run, model, step_done)
-            if is_due(config.sample_every, step_done, plan.num_steps):
+            if not stopped_by and is_due(config.sample_every, step_done, plan.num_steps):
                 write_sample(run, model, step_done)
 
-            stopped_by = run.peers.read("stop") if num_stopping else ""
             save_due = is_due(config.checkpoint_every, step_done, plan.num_steps) or bool(stopped_by)
             if save_due or is_due(config.check_replicas_every, step_done, plan.num_steps):
                 check_replicas(run, model, optimizers, step_done)
             if save_due:
-                if stopped_by:
-                    logger.info(f"stopping after step {step_done}: {stopped_by}")
-                    control.limit_grace(config.grace_seconds, "not saved within --grace-seconds")
                 eval_loss = results["eval_loss"] if evaluated else None
                 facts = {"learning_rate": learning_rate(step_done), "eval_loss": eval_loss}
                 save(run, model, optimizers, step_done, facts, last=bool(stopped_by))
@@ -263,11 +275,28 @@ def train(
     accelerator.free_memory()
     accelerator.end_training()
     if stopped_by:
+        grace.cancel()
         raise Stopped(f"stopped after step {step_done} by {stopped_by}; start it again, and it goes on from there")
     return final
 
 
 # What the loop does now and then
+
+
+def settle_buckets(run: Run, model: torch.nn.Module, optimizers: list) -> None:
+    """Lets DDP order its buckets for good, which it does after its first backward pass: here, one without labels.
+
+    In which order a ring adds up more than two numbers depends on their place in a bucket: the first step after a
+    resume would round otherwise than the same step of a run that was never stopped.
+    """
+    if run.accelerator.num_processes > 2:
+        block = run.inputs.dataset[batches.EMPTY_BLOCK]
+        inputs = {name: tensor[None].to(run.accelerator.device) for name, tensor in block.items()}
+        labels = inputs.pop("labels")
+        loss = models.next_token_loss(model(**inputs, use_cache=False).logits, labels)
+        run.accelerator.backward(loss)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
 
 
 def begin_totals(run: Run, losses: list[torch.Tensor], stop_reason: str) -> tuple[torch.Tensor, Callable[[], object]]:
@@ -303,7 +332,6 @@ def skip_step(run: Run, step: int, losses: list[torch.Tensor], samples: list[int
     where = "; ".join(f"process {rank}, samples {ids}" for rank, ids in found) or "in no loss, only in the gradient"
     run.log.write(step=step, event="not_finite", where=where)
     if run.config.on_nonfinite == "stop" or skipped > run.config.max_skipped_steps:
-        run.saver.wait()
         raise UserError(
             f"step {step}: not finite: {where} ({skipped} such step(s) in a row). The weights are as before this "
             "step; lower --learning-rate, look at these samples, or give --on-nonfinite skip"
@@ -316,6 +344,7 @@ def skip_step(run: Run, step: int, losses: list[torch.Tensor], samples: list[int
 def evaluate(run: Run, model: torch.nn.Module, step: int) -> dict[str, float]:
     """Measures the model on the held-out blocks, logs and returns what it found. Call on all processes."""
     run.peers.say("evaluating")
+    run.inputs.eval_store.check_unchanged()
     start = time.monotonic()
     store = run.inputs.eval_store.manifest
     results = metrics.evaluate_model(
@@ -372,7 +401,6 @@ def check_replicas(run: Run, model: torch.nn.Module, optimizers: list, step: int
     run.peers.say("comparing its replica")
     replica = cluster.replica(run.accelerator.unwrap_model(model), optimizers)
     if diverged := cluster.find_diverged(run.accelerator, replica, run.agreement):
-        run.saver.wait()
         run.log.write(step=step, event="diverged", message=diverged)
         raise DivergedError(f"step {step}: {diverged}; its memory is faulty, or something has changed it")
 
@@ -392,7 +420,12 @@ def save(run: Run, model: torch.nn.Module, optimizers: list, step: int, facts: d
     if run.saves:
         write = run.saver.save_outliving if last else run.saver.save
         write(step, run.accelerator.unwrap_model(model), optimizers, describe_state(run, step) | facts)
-    if last or not run.config.checkpoint_async:
+    if last:
+        report_saves(run)
+        saved = run.saver.last_step == step
+        if not any(facts["saved"] for facts in run.peers.exchange({"saved": saved}, f"saved/{step}")):
+            raise UserError(f"step {step} could not be saved on any machine: make room on a disk. {GO_ON}")
+    elif not run.config.checkpoint_async:
         run.peers.meet(f"saved/{step}")
     run.timeout.paused(time.monotonic() - start)
 
@@ -402,20 +435,26 @@ def report_saves(run: Run) -> None:
     for outcome in run.saver.outcomes():
         if outcome.error:
             what = "was not written" if outcome.path is None else "is written, but"
-            logger.error(f"the checkpoint of step {outcome.step} {what}: {outcome.error}; the run goes on")
+            logger.error(f"{run.peers.host}: the checkpoint of step {outcome.step} {what}: {outcome.error}")
         if outcome.path is None:
             run.log.write(step=outcome.step, event="checkpoint_failed", error=outcome.error)
         else:
             run.log.write(step=outcome.step, event="checkpoint", path=str(outcome.path), seconds=outcome.seconds)
 
 
-def last_words(run: Run, text: str) -> None:
-    """When a peer is lost: the save that is under way is finished, and the log says what happened."""
+def wait_for_save(run: Run) -> None:
+    """Waits, not without end, until the save that is under way is on the disk, and says how it went."""
     waiting = threading.Thread(target=run.saver.wait, daemon=True)
     waiting.start()
     waiting.join(run.config.grace_seconds)
     report_saves(run)
-    run.log.write(step=run.peers.step, event="peer_lost", message=text)
+
+
+def last_words(run: Run, error: BaseException) -> None:
+    """When this process ends for an error that another one has caused."""
+    wait_for_save(run)
+    if isinstance(error, PeerLostError):
+        run.log.write(step=run.peers.step, event="peer_lost", message=str(error))
 
 
 def finish(run: Run, model: torch.nn.Module, results: dict, final: Path, stopped_by: str) -> None:
@@ -428,7 +467,11 @@ def finish(run: Run, model: torch.nn.Module, results: dict, final: Path, stopped
     elif run.accelerator.is_main_process:
         card = {"steps": run.peers.step, **results, "configuration": dataclasses.asdict(run.config)}
         models.save_final(run.accelerator.unwrap_model(model), run.inputs.tokenizer, final, card)
+        write_run(run)
         logger.info(f"done: the model lies in {final}, the metrics in {final.with_name('metrics.jsonl')}")
+    for tracker in run.accelerator.trackers:
+        tracker.finish()  # it may take its time; at the meeting that is waited for
+    run.accelerator.trackers = []
     run.peers.meet("end")
     if stopped_by:
         run.peers.release_launchers()
@@ -437,9 +480,9 @@ def finish(run: Run, model: torch.nn.Module, results: dict, final: Path, stopped
 # What is written of the run
 
 
-def begin_log(run: Run, shares: list[int], state: dict | None) -> None:
+def begin_log(run: Run, state: dict | None) -> None:
     """Writes run.json and, of a run that goes on, where and with which other settings."""
-    write_run(run, shares)
+    write_run(run)
     if state:
         now = run.agreement.peers[0]["config"] | {"mixed_precision": run.agreement.mixed_precision}
         changed = changed_settings(state["config"], now)
@@ -482,13 +525,13 @@ def describe_batches(config: TrainConfig, plan: batches.BatchPlan, shares: list[
     )
 
 
-def write_run(run: Run, shares: list[int]) -> None:
+def write_run(run: Run) -> None:
     """Writes run.json on the main process: what the run is, for people and programs."""
     if not run.accelerator.is_main_process:
         return
     content = {
         "config": dataclasses.asdict(run.config),
-        "batches": dataclasses.asdict(run.inputs.plan) | {"shares": shares},
+        "batches": dataclasses.asdict(run.inputs.plan) | {"shares": run.shares},
         "world": [{k: v for k, v in peer.items() if k != "config"} for peer in run.agreement.peers],
         "backend": run.agreement.backend,
         "mixed_precision": run.agreement.mixed_precision,

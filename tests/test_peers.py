@@ -78,11 +78,11 @@ def test_a_process_that_hangs_in_a_collective_is_ended_with_the_code_of_a_lost_p
     world = World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=free_port)
     codes, words = queue.Queue(), []
     with peers.Peers(world, timeout_seconds=1, leave=codes.put) as side:
-        side.on_lost = words.append
+        side.last_words = words.append
         other = dist.TCPStore("127.0.0.1", free_port, is_master=False, timeout=timedelta(seconds=5))
         dist.PrefixStore("forge/0", other).set("state/1", json.dumps(BOB))
         assert codes.get(timeout=20) == peers.EXIT_PEER_LOST
-        assert "lost process 1 on bob" in words[0]
+        assert "lost process 1 on bob" in str(words[0])
         assert "lost process 1 on bob" in json.loads(dist.PrefixStore("forge/0", other).get("error"))["text"]
     assert "error: lost process 1 on bob" in capsys.readouterr().err
 
