@@ -293,7 +293,7 @@ def differences(saved: dict, now: dict) -> list[str]:
     return [
         f"{name} was {_brief(saved.get(name))} and is now {_brief(value)}"
         for name, value in now.items()
-        if name in saved and saved[name] != value
+        if saved.get(name) != value
     ]
 
 
@@ -504,6 +504,8 @@ def _examine(path: Path, run: dict) -> Found:
     """Returns a checkpoint as found, or what is wrong with it in one line of `passed_over` or `foreign`."""
     try:
         manifest, state = _read(path)
+        if manifest["format_version"] == 1:  # it says less of its run
+            run = {name: value for name, value in run.items() if name in state["run"]}
         if different := differences(state["run"], run):
             return Found(foreign=["; ".join(different)])
         _check_tensors(path, manifest)

@@ -66,7 +66,10 @@ class Roll:
     def _call(self) -> dict[int, str]:
         config = self.config
         link = self._reach() if config.node_rank else None
-        store = _open_store(config, timeout_seconds=REACH_SECONDS / 2, is_master=config.node_rank == 0)
+        try:
+            store = _open_store(config, timeout_seconds=REACH_SECONDS / 2, is_master=config.node_rank == 0)
+        except AwayError as error:
+            raise (error if config.node_rank else _tell_main_machine(config, error)) from None
         if self.is_patient:
             # Processes of the attempt before may be on this port still, waiting for one that is gone.
             text = f"lost the processes on {self.me['host']}, which starts anew"
