@@ -4,13 +4,14 @@ import hashlib
 import json
 import math
 import shutil
+import signal
 import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import BIN, QUIET, SHORT, losses, processes, rows
+from conftest import BIN, QUIET, SHORT, losses, processes, rows, wait_for_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -87,6 +88,27 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, start, tmp_path, two_processes
     assert "resuming after step 25 of 50" in ended.output
     assert sha256(folder) == sha256(reference)
     assert losses(folder)[-25:] == losses(reference)[-25:]
+
+
+@pytest.mark.parametrize("how", ["file", "ctrl-c"])
+def test_one_process_that_is_told_to_stop_saves_and_goes_on(train, start, tmp_path, how):
+    flags = [*FLAGS, "--max-steps", "100000"]
+    running = start([sys.executable, "scripts/train.py", *flags, "--output-dir", tmp_path / "run"])
+    wait_for_step(tmp_path / "run", 3)
+    if how == "file":
+        (tmp_path / "run" / "stop").touch()
+    else:
+        running.process.send_signal(signal.SIGINT)
+    ended = running.finish()
+    assert ended.code == 0, ended.output
+    assert "stopped after step" in ended.output
+    assert not (tmp_path / "run" / "stop").exists()
+    step = rows(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").exists()
+    folder, ended = train(*flags, "--max-steps", str(step + 1))
+    assert ended.code == 0, ended.output
+    assert f"resuming after step {step} of {step + 1}" in ended.output
+    assert (folder / "final").exists()
 
 
 def test_a_longer_run_goes_on_and_a_changed_one_is_refused(train, trained):
