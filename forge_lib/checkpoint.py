@@ -116,10 +116,6 @@ class Saver:
         copy_seconds = time.monotonic() - start
         self._write = _in_thread(partial(self._save_quietly, step, text, start, copy_seconds))
 
-    def busy(self) -> bool:
-        """Tells whether a checkpoint is being written."""
-        return self._write is not None and not self._write.done()
-
     def wait(self) -> None:
         """Waits until nothing is being written."""
         if self._write is not None:

@@ -28,9 +28,14 @@ def die_with_launcher(world: World) -> None:
     One of several processes is killed. A single one, which accelerate's simple launcher does not even tell of its own
     end, is asked to stop, and saves.
     """
-    if sys.platform == "linux" and (world.num_processes > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ):
-        number = signal.SIGKILL if world.num_processes > 1 else signal.SIGTERM
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+    if world.num_processes > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        die_with_parent(signal.SIGKILL if world.num_processes > 1 else signal.SIGTERM)
+
+
+def die_with_parent(number: int) -> None:
+    """Has the kernel send this process a signal when its parent dies; nothing happens but on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 class StopRequest:
@@ -46,6 +51,7 @@ class StopRequest:
     def __init__(self, error: type[BaseException]):
         self._error, self._deferred, self._file, self._looked = error, False, None, 0.0
         self._reason, self._begun = "", time.time()
+        self._timer: threading.Timer | None = None
 
     def __enter__(self):
         self._previous = {}
@@ -55,6 +61,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_):
+        if self._timer:
+            self._timer.cancel()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -78,6 +86,17 @@ class StopRequest:
                 self._reason = f"the file {self._file}"
         return f"{self._reason} on {socket.gethostname()}" if self._reason else ""
 
+    def limit(self, seconds: float) -> None:
+        """From now on the run has so long to save and to leave: then this process ends with exit code 1."""
+
+        def end() -> None:
+            print(f"error: not saved within --grace-seconds {seconds:g}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+        self._timer = threading.Timer(seconds, end)
+        self._timer.daemon = True
+        self._timer.start()
+
     def done(self) -> None:
         """Removes the stop file: the next start shall not find it."""
         if self._file:
@@ -90,19 +109,6 @@ class StopRequest:
         self._reason = self._reason or name
         if not self._deferred:
             raise self._error(f"{name} before the first step")
-
-
-def limit_grace(seconds: float, message: str) -> threading.Timer:
-    """Ends this process with exit code 1 and a message after so many seconds, unless what it returns is cancelled."""
-
-    def end() -> None:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    return timer
 
 
 class RunLock:

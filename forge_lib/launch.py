@@ -6,7 +6,6 @@ restarts would read the addresses of the attempt before.
 """
 
 import contextlib
-import ctypes
 import json
 import logging
 import multiprocessing
@@ -32,7 +31,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from forge_lib.config import LaunchConfig, TrainConfig, UserError, parse_config, to_flags
-from forge_lib.control import RunLock
+from forge_lib.control import RunLock, die_with_parent
 from forge_lib.rollcall import AwayError, Roll, check_port
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
@@ -47,7 +46,6 @@ MARGIN_SECONDS = 15  # beyond --grace-seconds, before processes that should have
 SAME_FAILURES = 3  # so often at the same step, and it is given up
 MISTAKE, LOST, DIVERGED = 2, 3, 4  # exit codes of train.py whose reason it has told itself
 TERMINATED = 128 + signal.SIGTERM
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(kw_only=True)
@@ -335,8 +333,7 @@ def _detach(supervisor: int) -> None:
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     if os.getppid() != supervisor:
         sys.exit(1)
 

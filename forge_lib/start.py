@@ -184,8 +184,7 @@ def fetch_store(
     if here and not store and world.is_local_main:  # received in an earlier run
         corpus.verify_store(corpus.open_store(folder), progress=peers.say)
     fetch(f"the token store of {flag_name(field)}", folder if here else None, folder, world, peers, agreement)
-    store = store or corpus.open_store(folder)
-    return store
+    return store or corpus.open_store(folder)
 
 
 def fetch(

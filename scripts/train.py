@@ -182,7 +182,7 @@ def train(
             mean_loss = loss_sum / num_targets
             if num_stopping:
                 stopped_by = run.peers.read("stop")
-                grace = control.limit_grace(config.grace_seconds, "not saved within --grace-seconds")
+                stop.limit(config.grace_seconds)
                 logger.info(f"stopping after step {step + 1}: {stopped_by}")
 
             # An infinite gradient of finite losses is fp16's overflow, and the business of its gradient scaler.
@@ -246,11 +246,8 @@ def train(
                     f"step {step_done}/{plan.num_steps}  loss {mean_loss:.4f}  grad norm {grad_norm:.2f}  "
                     f"lr {learning_rate(step):.2e}  {tokens_per_second:,.0f} tokens/s"
                 )
-            if (
-                evaluated := not stopped_by
-                and inputs.eval_dataset
-                and is_due(config.eval_every, step_done, plan.num_steps)
-            ):
+            eval_due = inputs.eval_dataset and is_due(config.eval_every, step_done, plan.num_steps)
+            if eval_due and not stopped_by:
                 results = evaluate(run, model, step_done)
             if not stopped_by and is_due(config.sample_every, step_done, plan.num_steps):
                 write_sample(run, model, step_done)
@@ -259,7 +256,7 @@ def train(
             if save_due or is_due(config.check_replicas_every, step_done, plan.num_steps):
                 check_replicas(run, model, optimizers, step_done)
             if save_due:
-                eval_loss = results["eval_loss"] if evaluated else None
+                eval_loss = results["eval_loss"] if eval_due and not stopped_by else None
                 facts = {"learning_rate": learning_rate(step_done), "eval_loss": eval_loss}
                 save(run, model, optimizers, step_done, facts, last=bool(stopped_by))
             report_saves(run)
@@ -275,7 +272,6 @@ def train(
     accelerator.free_memory()
     accelerator.end_training()
     if stopped_by:
-        grace.cancel()
         raise Stopped(f"stopped after step {step_done} by {stopped_by}; start it again, and it goes on from there")
     return final
 
