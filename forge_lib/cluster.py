@@ -1,6 +1,7 @@
 """What the machines settle before they train (interface, device, backend, precision), and whether they stay equal."""
 
 import dataclasses
+import ipaddress
 import os
 import socket
 import sys
@@ -8,6 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import accelerate
 import psutil
@@ -24,7 +26,18 @@ from forge_lib.config import WIZARD_CURE, UserError, World, WorldConfig, flag_na
 GROUP_START_SECONDS = 600  # time-out of the process group until the first step is done
 NCCL_MARGIN_SECONDS = 15
 DDP_BUCKET_BYTES = 250 << 20  # DDP's first broadcast sends so much at once
-LOCAL_FIELDS = {"dataset_path", "eval_dataset_path", "output_dir", "model_name", "micro_batch_size"}  # may differ
+LOCAL_FIELDS = {
+    "dataset_path",
+    "eval_dataset_path",
+    "output_dir",
+    "model_name",
+    "micro_batch_size",
+    "device",
+}  # differ
+# Addresses that the internet does not reach: private, shared (as Tailscale's), of one link, of one machine.
+PRIVATE = [*["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16", "127.0.0.0/8"]]
+PRIVATE = [ipaddress.ip_network(network) for network in [*PRIVATE, "fc00::/7", "fe80::/10", "::1/128"]]
+ARPHRD_NONE = "65534"  # the kernel's type of an interface without a link layer: WireGuard's and other tunnels'
 
 
 def choose_interface(world: World) -> tuple[str, str]:
@@ -56,13 +69,35 @@ def choose_interface(world: World) -> tuple[str, str]:
             f"the main machine's name {name!r} means {own} here, which other machines cannot reach; "
             "give its address on the network (main_process_ip, or --master-addr)"
         )
-    interface = next(
-        (nic for nic, addrs in psutil.net_if_addrs().items() if any(a.address.split("%")[0] == own for a in addrs)), ""
-    )
+    interface = interface_of(own)
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     return os.environ.get("GLOO_SOCKET_IFNAME", interface), own
+
+
+def interface_of(address: str) -> str:
+    """Returns the name of the network interface that has an IP address on this machine, or nothing."""
+    nics = psutil.net_if_addrs().items()
+    return next((nic for nic, addresses in nics if any(a.address.split("%")[0] == address for a in addresses)), "")
+
+
+def is_public(address: str) -> bool:
+    """Tells whether one of this machine's IP addresses is neither private nor of an overlay such as WireGuard."""
+    if not address:
+        return False
+    ip = ipaddress.ip_address(address.split("%")[0])
+    kind = Path("/sys/class/net") / interface_of(address) / "type"
+    is_overlay = kind.is_file() and kind.read_text().strip() == ARPHRD_NONE
+    return not is_overlay and not any(ip in network for network in PRIVATE)
+
+
+def warn_of_public(address: str, port: int) -> str:
+    """Returns the line that is due where the main machine's address is public."""
+    return (
+        f"anybody who reaches {address} port {port} can join this run and read it: the address is neither private nor "
+        "an overlay's; close it with a firewall, or train over WireGuard (README: Trust)"
+    )
 
 
 def choose_device(wanted: str, world: World) -> str:
@@ -98,6 +133,25 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the libraries that a run depends on, by name."""
+    libraries = {module.__name__: module.__version__ for module in (torch, accelerate, transformers)}
+    return {"python": ".".join(map(str, sys.version_info[:3])), **libraries}
+
+
+def differing_versions(ours: dict[str, str], theirs: dict[str, str]) -> dict[str, bool]:
+    """Returns the libraries of which two machines have other versions, and whether a run puts up with that.
+
+    It does where the minor version is the same.
+    """
+    found = {}
+    for name in ("torch", "accelerate", "transformers"):
+        one, other = ours[name].split("+")[0], theirs[name].split("+")[0]
+        if one != other:
+            found[name] = one.split(".")[:2] == other.split(".")[:2]
+    return found
+
+
 def local_facts(config: WorldConfig, world: World, device: str) -> dict:
     """Returns what this process tells the others of itself: versions, configuration, place and speed."""
     interface, address = choose_interface(world)
@@ -109,19 +163,18 @@ def local_facts(config: WorldConfig, world: World, device: str) -> dict:
     return {
         "host": socket.gethostname(),
         "address": address,
+        "port": world.main_port,
         "interface": interface,
+        "is_public": is_public(address),
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else device,
         "threads": torch.get_num_threads() if device == "cpu" else 0,
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+        "num_local_processes": world.num_local_processes,
         "instructions": torch.backends.cpu.get_cpu_capability() if device == "cpu" else "",
         "flops": flops,
         "launcher_mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-        "versions": {
-            "python": ".".join(map(str, sys.version_info[:3])),
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in LOCAL_FIELDS},
     }
 
@@ -159,11 +212,9 @@ def agree(peers: list[dict], config: WorldConfig) -> Agreement:
     main = peers[0]
     for rank, peer in enumerate(peers):
         who = f"{peer['host']} (process {rank}) differs from {main['host']} (process 0)"
-        for name in ("torch", "accelerate", "transformers"):
+        for name, is_harmless in differing_versions(main["versions"], peer["versions"]).items():
             ours, theirs = main["versions"][name], peer["versions"][name]
-            if ours.split("+")[0] != theirs.split("+")[0]:
-                same_minor = ours.split(".")[:2] == theirs.split(".")[:2]
-                (warnings if same_minor else errors).append(f"{who} in the version of {name}: {theirs} against {ours}")
+            (warnings if is_harmless else errors).append(f"{who} in the version of {name}: {theirs} against {ours}")
         for name in sorted({*main["config"], *peer["config"]}):
             ours, theirs = main["config"].get(name), peer["config"].get(name)
             if ours != theirs:
@@ -193,6 +244,15 @@ def agree(peers: list[dict], config: WorldConfig) -> Agreement:
         raise UserError("--optimizer muon does not work with mixed precision fp16; use bf16 or no")
     if precision == "fp16" and not all_gpu:
         raise UserError("mixed precision fp16 needs a GPU for every process; use --mixed-precision bf16 or no")
+    if main["is_public"]:
+        warnings.append(warn_of_public(main["address"], main["port"]))
+    for peer in {peer["host"]: peer for peer in peers}.values():
+        used = peer["threads"] * peer["num_local_processes"]
+        if peer["device"] == "cpu" and used <= peer["cores"] // 2:
+            warnings.append(
+                f"{peer['host']} computes with {used} of its {peer['cores']} cores: say `use_cpu: true` in the YAML, "
+                "or set OMP_NUM_THREADS"
+            )
     alike = (
         len(
             {(peer["device_name"], peer["instructions"], peer["threads"], peer["versions"]["torch"]) for peer in peers}

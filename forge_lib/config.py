@@ -209,6 +209,9 @@ class OptimizationConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = flag(
         "auto", "auto, no, bf16, fp16; auto is bf16 if faster than fp32 everywhere", "TYPE"
     )
+    gradient_compression: Literal["no", "fp16"] = flag(
+        "no", "no, or fp16: gradients travel in half the bytes, rounded", "TYPE"
+    )
     seed: int = flag(0, "everything random follows from it", "SEED")
 
 
@@ -349,6 +352,9 @@ class LaunchConfig:
 
     _argument_group_name = "topology"
 
+    cluster: str = flag("", "cluster.yaml, which says all of the topology", "FILE")
+    machine: str = flag("auto", "of --cluster, which machine this is: auto (by its addresses) or its name", "NAME")
+    ssh: bool = flag(False, "of --cluster: start the run on all of its machines from here, over ssh")
     num_nodes: int = flag(1, "machines", "COUNT")
     node_rank: int = flag(0, "number of this machine, from 0, the main machine", "RANK")
     processes_per_node: int = flag(0, "processes on this machine; 0 for one per GPU, or one", "COUNT")
@@ -384,9 +390,16 @@ class _Parser(HfArgumentParser):
 
 
 def parse_config(
-    config_class: type[ConfigT], argv: list[str], description: str = "", prog: str | None = None
+    config_class: type[ConfigT], argv: list[str], description: str = "", prog: str | None = None, positional: str = ""
 ) -> ConfigT:
     """Reads the flags in `argv`, and the YAML file that `--config` names in it, into a `config_class`.
+
+    Args:
+        config_class: a dataclass that inherits the groups of flags.
+        argv: the command line without the program.
+        description: stands above the flags in `--help`.
+        prog: the program's name, where it is not the script's.
+        positional: the field whose flag's name may be left out in front of all others.
 
     Raises:
         UserError: an unknown flag or key (with the nearest known one), a missing or malformed value.
@@ -398,10 +411,12 @@ def parse_config(
         description=description,
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
-        usage="%(prog)s [--config FILE] [flags]",
+        usage=f"%(prog)s {f'{positional.upper()} ' if positional else ''}[--config FILE] [flags]",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with defaults for these flags")
     known = [f.name for base in groups for f in fields(base)]
+    if positional and argv and not argv[0].startswith("-"):
+        argv = [flag_name(positional), *argv]
 
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")

@@ -129,6 +129,24 @@ def is_here(dataset_path: str) -> bool:
     )
 
 
+def content_fingerprint(dataset_path: str) -> str:
+    """Returns what tells data apart by its content, wherever it lies: of a token store, or of the bytes of files.
+
+    Nothing where nothing lies there, as for a data set of the Hub.
+
+    Raises:
+        UserError: no file of a known kind, or one that cannot be read.
+    """
+    if is_store(dataset_path):
+        return open_store(dataset_path).fingerprint
+    if not is_here(dataset_path):
+        return ""
+    digest = hashlib.sha256()
+    for path, _ in _find_source(DataConfig(dataset_path=dataset_path)).files:
+        digest.update(path.name.encode() + b"\0" + bytes.fromhex(_sha256(path)))
+    return digest.hexdigest()
+
+
 def open_store(folder: str | Path) -> TokenStore:
     """Opens a token store by memory map.
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,11 +26,13 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+import torch.distributed.run  # all loggers of the launcher, which are silenced below
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from forge_lib.config import LaunchConfig, TrainConfig, UserError, parse_config, to_flags
+from forge_lib import remote, topology
+from forge_lib.config import LaunchConfig, TrainConfig, UserError, flag_name, parse_config, to_flags
 from forge_lib.control import RunLock, die_with_parent
 from forge_lib.rollcall import AwayError, Roll, check_port
 
@@ -42,6 +44,7 @@ PORT_SECONDS = 10  # a restart: how long the attempt before may hold the port st
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 60.0
 ROLL_PAUSE = 2.0  # between two roll calls of one restart
+BARRIER_SECONDS = 10  # how long a launcher whose processes have ended well may wait for the other launchers
 MARGIN_SECONDS = 15  # beyond --grace-seconds, before processes that should have stopped are killed
 SAME_FAILURES = 3  # so often at the same step, and it is given up
 MISTAKE, LOST, DIVERGED = 2, 3, 4  # exit codes of train.py whose reason it has told itself
@@ -58,6 +61,11 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         config = parse_config(ForgeConfig, argv, __doc__, prog="p2p-llm-forge")
+        if config.cluster:
+            cluster = topology.read_cluster(Path(config.cluster).expanduser())
+            if config.ssh:
+                sys.exit(remote.run(cluster, config, place))
+            place(config, cluster, topology.find_machine(cluster, config.machine))
         _check(config)
     except UserError as error:
         sys.exit(_refuse(error))
@@ -66,7 +74,30 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(supervisor.run())
 
 
+def place(config: ForgeConfig, cluster: topology.Cluster, machine: topology.Machine) -> None:
+    """Puts what the cluster says of a machine into `config`, in place; UserError where a flag says otherwise."""
+    device, precision = cluster.device_of(machine), cluster.mixed_precision
+    values = {
+        "num_nodes": len(cluster.machines),
+        "node_rank": machine.rank,
+        "processes_per_node": machine.processes,
+        "master_addr": cluster.address(cluster.main),
+        "master_port": cluster.port,
+    }
+    defaults = {field.name: field.default for field in fields(config)}
+    given = [flag_name(name) for name, value in values.items() if getattr(config, name) not in (defaults[name], value)]
+    if given:
+        raise UserError(f"{', '.join(given)} says otherwise than --cluster {config.cluster}; give one of the two")
+    for name, value in values.items():
+        setattr(config, name, value)
+    config.cluster, config.machine = "", "auto"
+    config.device = device if config.device == "auto" else config.device
+    config.mixed_precision = precision if config.mixed_precision == "auto" else config.mixed_precision
+
+
 def _check(config: LaunchConfig) -> None:
+    if config.ssh or config.machine != "auto":
+        raise UserError("--ssh and --machine need --cluster, the file that names the machines")
     if config.num_nodes < 1 or not 0 <= config.node_rank < config.num_nodes:
         raise UserError(
             f"--node-rank {config.node_rank} of --num-nodes {config.num_nodes}: machines are numbered from 0 to "
@@ -193,7 +224,7 @@ class Supervisor:
         self.heard: dict[str, Any] = {}  # what the child has told
         self.family: set[psutil.Process] = set()  # all that it has started, and what those have
         self.told: set[psutil.Process] = set()  # the workers that were asked to stop
-        self.stop_until = 0.0
+        self.stop_until = self.ended = 0.0
         ours, theirs = FORK.Pipe(duplex=False)
         roll = Roll(self.config, self.machine_id, self.hosts, is_patient, until, theirs)
         child = FORK.Process(target=_run_attempt, args=(roll, os.getpid()))
@@ -259,6 +290,10 @@ class Supervisor:
         if not self.stop_until:
             self.stop_until = time.monotonic() + self.config.grace_seconds + MARGIN_SECONDS
             _say("stopping: the step is finished and saved on all machines; Ctrl-C again ends at once")
+        if self.told and not any(map(_is_running, self.told)):
+            self.ended = self.ended or time.monotonic()
+            if time.monotonic() - self.ended > BARRIER_SECONDS:  # one that is gone already never comes
+                return 0
         if time.monotonic() > self.stop_until:
             _say(f"not stopped within --grace-seconds {self.config.grace_seconds:g} and {MARGIN_SECONDS} s: killed")
             return 1
@@ -343,7 +378,7 @@ def _launch(config: ForgeConfig, tell: Connection) -> int:
     distributed = config.num_nodes > 1 or config.processes_per_node > 1
     topology = {
         "distributed_type": "MULTI_GPU" if distributed else "NO",
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
         "num_machines": config.num_nodes,
         "machine_rank": config.node_rank,
         "num_processes": config.processes_per_node * config.num_nodes,  # accelerate divides it by num_machines
@@ -355,7 +390,6 @@ def _launch(config: ForgeConfig, tell: Connection) -> int:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the processes: no stack for a connection that ends
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(config.grace_seconds) + 10)
     signal.signal(signal.SIGTERM, _stop_workers)

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -173,14 +173,16 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 class GradientSync:
     """Measures DDP's synchronisation of gradients: bytes, and the time that hides behind no computation.
 
-    It wraps DDP's own all-reduce in a communication hook, which changes no value. Without DDP all figures are 0.
+    It wraps DDP's own all-reduce in a communication hook, which changes no value; with `fp16`, torch's hook that sends
+    fp16 and gives back what arrives in the gradient's own type. Without DDP all figures are 0.
 
     Args:
         model: as `Accelerator.prepare` returns it.
+        fp16: whether gradients travel as fp16.
     """
 
-    def __init__(self, model: nn.Module):
-        self.num_bytes = 0
+    def __init__(self, model: nn.Module, fp16: bool = False):
+        self.num_bytes, self.fp16 = 0, fp16
         self._exposed = 0.0
         self._events = None
         if isinstance(model, DistributedDataParallel):
@@ -216,10 +218,10 @@ class GradientSync:
 
 
 def _measured_allreduce(sync: GradientSync, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    sync.num_bytes += bucket.buffer().nbytes
+    sync.num_bytes += 2 * bucket.buffer().numel() if sync.fp16 else bucket.buffer().nbytes
     if bucket.is_last():
         sync.own_gradients_done()
-    return allreduce_hook(dist.group.WORLD, bucket)
+    return (fp16_compress_hook if sync.fp16 else allreduce_hook)(dist.group.WORLD, bucket)
 
 
 def _mark(on_gpu: bool) -> float | torch.cuda.Event:

@@ -125,7 +125,7 @@ def train(
     model, *optimizers = accelerator.prepare(inputs.model, *optimizers)
     if accelerator.scaler and state and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    sync = metrics.GradientSync(model)
+    sync = metrics.GradientSync(model, fp16=config.gradient_compression == "fp16")
     learning_rate = models.learning_rate_schedule(config, plan.num_steps)
     first_step = run.peers.step = state["step"] if state else 0
     sampler = batches.ShareSampler(plan, run.shares, accelerator.process_index, first_step)

@@ -20,7 +20,10 @@ CONFIGS = {
     "generate": "GenerateConfig",
     "prepare_data": "PrepareConfig",
     "benchmark": "BenchmarkConfig",
+    "make_configs": "MakeConfig",
+    "check_cluster": "CheckConfig",
 }
+POSITIONAL = {"make_configs": "cluster", "check_cluster": "cluster"}
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -40,7 +43,7 @@ def check_script(words: list[str]) -> None:
     assert script.is_file(), words
     if script.parent.name == "scripts":
         module = importlib.import_module(f"scripts.{script.stem}")
-        parse_config(getattr(module, CONFIGS[script.stem]), flags)
+        parse_config(getattr(module, CONFIGS[script.stem]), flags, positional=POSITIONAL.get(script.stem, ""))
 
 
 def check(words: list[str]) -> bool:

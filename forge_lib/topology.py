@@ -1,0 +1,533 @@
+"""cluster.yaml: the machines of a cluster, and what follows for each of them.
+
+    name: home-lab
+    port: 29500                     # on the main machine
+    device: auto                    # cpu, cuda, auto
+    mixed_precision: auto           # no, bf16, fp16, auto
+    machines:                       # the first one is the main machine
+      - {name: alice, address: 10.77.0.1, processes: 2}
+      - {name: bob, address: 10.77.0.2, processes: 1}
+    wireguard: {subnet: 10.88.0.0/24, port: 51820}      # optional
+
+From it come accelerate's YAML of each machine and, with `wireguard`, the configuration of a private network and a
+firewall that opens the ports of a run to that network alone.
+"""
+
+import base64
+import difflib
+import ipaddress
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from forge_lib.config import WIZARD_CURE, UserError
+
+PartT = TypeVar("PartT")
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # becomes a file's name
+HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_-]+)*\.?")
+INTERFACE_LENGTH = 15  # the longest name of a Linux network interface
+KEEPALIVE_SECONDS = 25  # a home router forgets a silent UDP link after about 30 s
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+PLUGINS = ("deepspeed_config", "fsdp_config", "megatron_lm_config", "parallelism_config", "fp8_config")
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine of a cluster.
+
+    Attributes:
+        name: as its files are called.
+        address: IP address or host name by which the others reach it.
+        processes: training processes on it.
+        rank: its number, 0 for the main machine; its place in the list where it is not given.
+        device: cpu, cuda or auto; empty for the cluster's.
+        ssh: what `ssh` is to be told to get there; empty for its address.
+        folder: of the program there, seen from the home folder; empty for the same one as here.
+        python: which runs the program there, seen from that folder.
+    """
+
+    name: str
+    address: str
+    processes: int = 1
+    rank: int = -1
+    device: str = ""
+    ssh: str = ""
+    folder: str = ""
+    python: str = ".venv/bin/python"
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A private network over WireGuard: its addresses, and the UDP port that each machine listens on."""
+
+    subnet: str
+    port: int = 51820
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines, in the order of their ranks, and what holds for all of them."""
+
+    name: str
+    machines: list[Machine]
+    port: int = 29500
+    device: str = "auto"
+    mixed_precision: str = "auto"
+    wireguard: Overlay | None = None
+
+    @property
+    def main(self) -> Machine:
+        """The main machine."""
+        return self.machines[0]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on all machines."""
+        return sum(machine.processes for machine in self.machines)
+
+    def address(self, machine: Machine) -> str:
+        """Returns the address by which a run reaches a machine: the overlay's where there is one."""
+        if not self.wireguard:
+            return machine.address
+        return str(ipaddress.ip_network(self.wireguard.subnet)[machine.rank + 1])
+
+    def device_of(self, machine: Machine) -> str:
+        """Returns cpu, cuda or auto."""
+        return machine.device or self.device
+
+
+# Reading the file
+
+
+def read_cluster(path: Path) -> Cluster:
+    """Reads and checks a cluster.yaml.
+
+    Raises:
+        UserError: naming all that is wrong with it, at once.
+    """
+    if not path.is_file():
+        raise UserError(f"--cluster {path}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from None
+    wrong: list[str] = []
+    cluster = _parse(content, wrong)
+    if cluster:
+        wrong += _find_mistakes(cluster)
+    if wrong:
+        raise UserError("\n".join(f"{path}: {line}" for line in wrong))
+    machines = sorted(cluster.machines, key=lambda machine: machine.rank)
+    return Cluster(**vars(cluster) | {"machines": machines})
+
+
+def _parse(content: Any, wrong: list[str]) -> Cluster | None:
+    """Makes a cluster of the file's content; what has a wrong key or type is added to `wrong`."""
+    if not isinstance(content, dict):
+        wrong.append(f"expected lines of `key: value`, found {type(content).__name__}")
+        return None
+    content = dict(content)
+    found = content.get("machines")
+    if not isinstance(found, list) or not found:
+        wrong.append("machines: expected a list of machines, as in `- {name: alice, address: 10.77.0.1}`")
+        found = []
+    machines = [_part(Machine, machine, f"machines, number {n}", wrong) for n, machine in enumerate(found, 1)]
+    if all(machine and machine.rank == -1 for machine in machines):
+        machines = [Machine(**vars(machine) | {"rank": rank}) for rank, machine in enumerate(machines)]
+    content["machines"] = [machine for machine in machines if machine]
+    if content.get("wireguard") is not None:
+        content["wireguard"] = _part(Overlay, content["wireguard"], "wireguard", wrong)
+    if content.get("mixed_precision") is False:
+        content["mixed_precision"] = "no"  # YAML reads a bare `no` as False
+    return _part(Cluster, content, "", wrong)
+
+
+def _part(part_class: type[PartT], content: Any, where: str, wrong: list[str]) -> PartT | None:
+    """Makes a dataclass of a mapping, without the keys that are unknown or mistyped, which are added to `wrong`.
+
+    Returns nothing where a key is missing.
+    """
+    where = f"{where}: " if where else ""
+    if not isinstance(content, dict):
+        wrong.append(f"{where}expected `key: value`, found {content!r:.99}")
+        return None
+    known = {field.name: field for field in fields(part_class)}
+    right = {}
+    for key, value in content.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            wrong.append(f"{where}unknown key {key!r:.99}{f'; did you mean {near[0]}?' if near else ''}")
+        elif known[key].type in (int, str) and type(value) is not known[key].type:
+            kind = "a whole number" if known[key].type is int else "text"
+            wrong.append(f"{where}{key} is {value!r:.99}, expected {kind}")
+        else:
+            right[key] = value
+    missing = [name for name, field in known.items() if field.default is MISSING and name not in right]
+    wrong += [f"{where}{name} is missing" for name in missing if name not in content]
+    return None if missing else part_class(**right)
+
+
+def _find_mistakes(cluster: Cluster) -> list[str]:
+    """Returns a line for each value that cannot be."""
+    wrong = []
+    if not NAME.fullmatch(cluster.name):
+        wrong.append(f"name is {cluster.name!r:.99}, expected letters, digits, '-', '_' and '.'")
+    wrong += _not_one_of("device", cluster.device, DEVICES)
+    wrong += _not_one_of("mixed_precision", cluster.mixed_precision, PRECISIONS)
+    wrong += _no_port("port", cluster.port)
+    addresses = [_plain_address(machine.address) for machine in cluster.machines]
+    for machine, address in zip(cluster.machines, addresses, strict=True):
+        who = f"machine {machine.name!r:.99}"
+        if not NAME.fullmatch(machine.name):
+            wrong.append(f"{who}: expected a name of letters, digits, '-', '_' and '.'")
+        if not _as_ip(address) and not HOST_NAME.fullmatch(address):
+            wrong.append(f"{who}: address {machine.address!r:.99} is neither an IP address nor a host name")
+        if (ip := _as_ip(address)) and (ip.is_unspecified or ip.is_multicast):
+            wrong.append(f"{who}: {machine.address} is no machine's address; give the one that the others reach")
+        if machine.processes < 1:
+            wrong.append(f"{who}: processes is {machine.processes}, expected 1 or more")
+        if machine.device:
+            wrong += _not_one_of(f"{who}: device", machine.device, DEVICES)
+    for what, values in (
+        ("name", [machine.name.lower() for machine in cluster.machines]),
+        ("address", addresses),
+        ("rank", [machine.rank for machine in cluster.machines if machine.rank != -1]),
+    ):
+        for value in sorted({value for value in values if values.count(value) > 1}):
+            number = values.count(value)
+            wrong.append(f"{number} machines have the {what} {value}; each needs its own")
+    ranks = {machine.rank for machine in cluster.machines}
+    if ranks not in ({-1}, set(range(len(cluster.machines)))):
+        wrong.append(f"ranks: give each machine one, from 0 to {len(cluster.machines) - 1}, or none of them")
+    own = [machine for machine, address in zip(cluster.machines, addresses, strict=True) if _is_loopback(address)]
+    if own and len(own) < len(cluster.machines):
+        main = min(cluster.machines, key=lambda machine: machine.rank)
+        wrong += [
+            f"{'the main machine' if machine is main else 'machine'} {machine.name!r} has the address "
+            f"{machine.address}, by which a machine reaches itself alone; give its address on the network"
+            for machine in own
+        ]
+    return wrong + (_find_overlay_mistakes(cluster) if cluster.wireguard else [])
+
+
+def _find_overlay_mistakes(cluster: Cluster) -> list[str]:
+    overlay = cluster.wireguard
+    try:
+        network = ipaddress.ip_network(overlay.subnet)
+    except ValueError as error:
+        return [f"wireguard: subnet is {overlay.subnet!r:.99}, expected a network as 10.88.0.0/24 ({error})"]
+    wrong = _no_port("wireguard: port", overlay.port)
+    if network.num_addresses < len(cluster.machines) + 2:
+        wrong.append(f"wireguard: subnet {network} has no room for {len(cluster.machines)} machines")
+    for machine in cluster.machines:
+        ip = _as_ip(machine.address)
+        if ip and ip in network:
+            wrong.append(f"wireguard: subnet {network} has the address of {machine.name}, {ip}; take another subnet")
+        if len(machine.name) > INTERFACE_LENGTH:
+            wrong.append(
+                f"machine {machine.name!r} gives its WireGuard interface its name, which may have "
+                f"{INTERFACE_LENGTH} characters"
+            )
+    return wrong
+
+
+def _not_one_of(what: str, value: str, expected: tuple[str, ...]) -> list[str]:
+    return [] if value in expected else [f"{what} is {value!r:.99}, expected {', '.join(expected)}"]
+
+
+def _no_port(what: str, value: int) -> list[str]:
+    return [] if 0 < value < 1 << 16 else [f"{what} is {value}, expected a number from 1 to 65535"]
+
+
+def _as_ip(address: str) -> Address | None:
+    try:
+        return ipaddress.ip_address(address)
+    except ValueError:
+        return None
+
+
+def _plain_address(address: str) -> str:
+    """Returns an address in the one form in which it can be compared."""
+    ip = _as_ip(address)
+    return str(ip) if ip else address.lower().rstrip(".")
+
+
+def _is_loopback(address: str) -> bool:
+    ip = _as_ip(address)
+    return ip.is_loopback if ip else address == "localhost"
+
+
+# Which machine this is
+
+
+def find_machine(cluster: Cluster, wanted: str) -> Machine:
+    """Returns the machine of that name or, for "auto", the one whose address this machine has.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    names = ", ".join(machine.name for machine in cluster.machines)
+    if wanted != "auto":
+        found = [machine for machine in cluster.machines if machine.name == wanted]
+        if not found:
+            raise UserError(f"--machine {wanted}: the cluster has no such machine; it has {names}")
+        return found[0]
+    own = own_addresses()
+    found = [machine for machine in cluster.machines if _is_own(machine.address, own)]
+    if len(found) == 1:
+        return found[0]
+    addresses = ", ".join(sorted(address for address in own if not ipaddress.ip_address(address).is_loopback))
+    if found:
+        those = ", ".join(f"{machine.name} ({machine.address})" for machine in found)
+        raise UserError(f"--machine auto: this machine is {those} at once; give --machine NAME, or other addresses")
+    theirs = ", ".join(f"{machine.name} {machine.address}" for machine in cluster.machines)
+    raise UserError(
+        f"--machine auto: this machine ({socket.gethostname()}, {addresses or 'no address'}) has no address of the "
+        f"cluster ({theirs}); correct cluster.yaml, or give --machine NAME"
+    )
+
+
+def own_addresses() -> set[str]:
+    """Returns the IP addresses of this machine's interfaces."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {a.address.split("%")[0] for nic in psutil.net_if_addrs().values() for a in nic if a.family in families}
+
+
+def _is_own(address: str, own: set[str]) -> bool:
+    """Tells whether an address or name is this machine's, whatever its own name means here."""
+    if ip := _as_ip(address):
+        return str(ip) in own or ip.is_loopback
+    host = socket.gethostname()
+    if address.lower().rstrip(".") in (host.lower(), "localhost"):
+        return True
+    try:
+        found = {entry[4][0].split("%")[0] for entry in socket.getaddrinfo(address, None)}
+    except OSError:
+        return False
+    return any(one in own and not ipaddress.ip_address(one).is_loopback for one in found)
+
+
+# accelerate's YAML
+
+
+def accelerate_config(cluster: Cluster, machine: Machine) -> str:
+    """Returns the text of a YAML for `accelerate launch --config_file`."""
+    count, own = len(cluster.machines), machine.processes
+    lines = [
+        f"# {machine.name}, machine {machine.rank} of {count} in {cluster.name}.",
+        "# Made by scripts/make_configs.py: change cluster.yaml, and make it anew.",
+    ]
+    if count * own == 1:
+        lines += ["distributed_type: 'NO'"]
+    else:
+        lines += ["# accelerate's word for torchrun, on CPUs too.", "distributed_type: MULTI_GPU"]
+    if cluster.device_of(machine) != "auto":
+        lines += [f"use_cpu: {str(cluster.device_of(machine) == 'cpu').lower()}"]
+    lines += [f"num_machines: {count}", f"machine_rank: {machine.rank}"]
+    if count > 1:
+        lines += [f"# The {own} of this machine times num_machines, by which accelerate divides it."]
+    lines += [f"num_processes: {own * count}"]
+    if count > 1:
+        lines += [f"main_process_ip: {_quoted(cluster.address(cluster.main))}"]
+    lines += [f"main_process_port: {cluster.port}"]
+    precision = cluster.mixed_precision
+    lines += [f"mixed_precision: {_quoted('no' if precision == 'auto' else precision)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A YAML scalar that is text, also where it looks like something else (an IPv6 address, `no`)."""
+    return yaml.safe_dump(text, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def find_config_mistakes(path: Path) -> list[str]:
+    """Returns what is wrong with an accelerate YAML, such as the wizard writes, for a run of this project.
+
+    Each line names the keys, and what they should be.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        keys = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--check {path}: cannot be read: {reason}") from None
+    if not isinstance(keys, dict):
+        return ["expected lines of `key: value`"]
+    try:
+        config = load_config_from_file(str(path))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        return [f"accelerate does not take it: {error}"]
+    kind = str(getattr(config.distributed_type, "value", config.distributed_type))
+    if "compute_environment" in keys and keys["compute_environment"] != "LOCAL_MACHINE":
+        return [f"compute_environment is {keys['compute_environment']}, expected LOCAL_MACHINE"]
+    wrong = []
+    several = config.num_machines > 1
+    if kind == "MULTI_CPU":
+        wrong.append(f"distributed_type is MULTI_CPU: {WIZARD_CURE}")
+    elif kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP"):
+        wrong.append(f"distributed_type is {kind}; training here is data-parallel alone: MULTI_GPU")
+    elif kind == "NO" and (several or config.num_processes > 1):
+        wrong.append(
+            f"distributed_type is NO, which starts one process; with num_machines {config.num_machines} and "
+            f"num_processes {config.num_processes} it must be MULTI_GPU"
+        )
+    wrong += [
+        f"{name} is given, but not used: training here is data-parallel alone" for name in PLUGINS if keys.get(name)
+    ]
+    if kind.startswith("MULTI") and config.num_processes < 1:
+        wrong.append("num_processes is missing: the processes of all machines together")
+    elif several and config.num_processes % config.num_machines:
+        wrong.append(
+            f"num_processes {config.num_processes} is not a multiple of num_machines {config.num_machines}; each "
+            "machine starts their quotient: give the number of its own processes times num_machines"
+        )
+    if not 0 <= config.machine_rank < config.num_machines:
+        wrong.append(
+            f"machine_rank is {config.machine_rank}; with num_machines {config.num_machines} it is from 0 to "
+            f"{config.num_machines - 1}"
+        )
+    if several and not config.main_process_ip:
+        wrong.append("main_process_ip is missing: the main machine's address")
+    elif several and _is_loopback(str(config.main_process_ip)):
+        wrong.append(
+            f"main_process_ip is {config.main_process_ip}, by which a machine reaches itself alone: give the main "
+            "machine's address on the network"
+        )
+    if several and not config.main_process_port:
+        wrong.append("main_process_port is missing: a free port of the main machine, the same on each machine")
+    if several and config.rdzv_backend != "static":
+        wrong.append(f"rdzv_backend is {config.rdzv_backend}, which accelerate reads from no file: take the line out")
+    if str(config.mixed_precision) not in ("None", "no", "bf16", "fp16", "False"):
+        wrong.append(f"mixed_precision is {config.mixed_precision}, expected no, bf16 or fp16")
+    dynamo = (config.dynamo_config or {}).get("dynamo_backend", "NO")
+    if dynamo != "NO":
+        wrong.append(f"dynamo_config asks for {dynamo}, which is not used; train.py has --compile")
+    return wrong
+
+
+# The private network
+
+
+def make_key(private: Path, public: Path) -> None:
+    """Makes a WireGuard key pair with `wg`; a private key that is there already stays.
+
+    Args:
+        private: its file, which its owner alone may read; it never leaves this machine.
+        public: its file, for all machines.
+
+    Raises:
+        UserError: `wg` is not installed, or a file cannot be written.
+    """
+    if not shutil.which("wg"):
+        raise UserError(
+            "wireguard in cluster.yaml needs the program `wg` (Debian, Ubuntu: apt install wireguard-tools)"
+        )
+    try:
+        if not private.exists():
+            key = subprocess.run(["wg", "genkey"], capture_output=True, text=True, check=True).stdout
+            with os.fdopen(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(key)
+        found = subprocess.run(["wg", "pubkey"], input=private.read_text(), capture_output=True, text=True)
+        if found.returncode:
+            raise UserError(f"{private} is no WireGuard key: {found.stderr.strip()}")
+        public.parent.mkdir(parents=True, exist_ok=True)
+        public.write_text(found.stdout)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+
+
+def read_public_keys(cluster: Cluster, folder: Path) -> dict[str, str]:
+    """Returns the public keys that are in a folder, by machine.
+
+    Raises:
+        UserError: a file holds no key, or two machines have the same one.
+    """
+    keys: dict[str, str] = {}
+    for machine in cluster.machines:
+        path = folder / f"{machine.name}.pub"
+        if not path.exists():
+            continue
+        key = path.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch("[A-Za-z0-9+/]{43}=", key) or len(base64.b64decode(key)) != 32:
+            raise UserError(f"{path} holds no WireGuard public key")
+        for other, its_key in keys.items():
+            if its_key == key:
+                raise UserError(f"{path}: {machine.name} and {other} have the same key; each machine makes its own")
+        keys[machine.name] = key
+    return keys
+
+
+def wireguard_config(
+    cluster: Cluster, machine: Machine, private_key: str, public_keys: dict[str, str], firewall_path: Path
+) -> str:
+    """Returns the text of a `wg-quick` configuration; it holds the private key, and takes the firewall up and away."""
+    overlay = cluster.wireguard
+    network = ipaddress.ip_network(overlay.subnet)
+    lines = [
+        f"# {machine.name} in {cluster.name}. It holds a private key: it stays on {machine.name}.",
+        "[Interface]",
+        f"Address = {cluster.address(machine)}/{network.prefixlen}",
+        f"ListenPort = {overlay.port}",
+        f"PrivateKey = {private_key}",
+        f"PostUp = nft -f {shlex.quote(str(firewall_path.resolve()))}",
+        f"PostDown = nft delete table {_table(cluster)}",
+    ]
+    for peer in cluster.machines:
+        if peer is machine:
+            continue
+        host = f"[{peer.address}]" if ":" in peer.address else peer.address
+        lines += [
+            "",
+            f"# {peer.name}",
+            "[Peer]",
+            f"PublicKey = {public_keys[peer.name]}",
+            f"Endpoint = {host}:{overlay.port}",
+            f"AllowedIPs = {cluster.address(peer)}/{network.max_prefixlen}",
+            f"PersistentKeepalive = {KEEPALIVE_SECONDS}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(cluster: Cluster) -> str:
+    return f"inet p2p_llm_forge_{re.sub('[^A-Za-z0-9_]', '_', cluster.name)}"
+
+
+def firewall(cluster: Cluster, machine: Machine) -> str:
+    """Returns an nftables file that lets connections to the ports of a run in over the overlay alone.
+
+    gloo, NCCL and the launcher listen on ports that the kernel chooses; those are closed too, and with them whatever
+    other program listens there.
+    """
+    first, last = map(int, EPHEMERAL_PORTS.read_text().split()) if EPHEMERAL_PORTS.exists() else (32768, 60999)
+    ports = f"{first}-{last}" if first <= cluster.port <= last else f"{cluster.port}, {first}-{last}"
+    table = _table(cluster)
+    return f"""#!/usr/sbin/nft -f
+# {machine.name} in {cluster.name}: the ports of a run are open to its WireGuard interface alone. So are those of any
+# other program in the same range. `wg-quick` takes this up and away with the network: {machine.name}.conf.
+table {table}
+delete table {table}
+table {table} {{
+    chain input {{
+        type filter hook input priority -10; policy accept;
+        iifname {{ "lo", "{machine.name}" }} accept
+        # New connections to the main port, and to those that the kernel gives to gloo and NCCL.
+        tcp flags & (fin | syn | rst | ack) == syn tcp dport {{ {ports} }} drop
+    }}
+}}
+"""
