@@ -402,7 +402,7 @@ class Arrival:
             self._clocks[other].append(ahead)
         if names != [other]:
             return f"{', '.join(names)} at its address {address}: correct cluster.yaml"
-        if self._server and own != expected:
+        if self._server and own != expected and not ipaddress.ip_address(expected).is_loopback:
             return f"that the way there leaves {self.name} from {own}, not from {expected}: the wrong interface"
         return ""
 
