@@ -1,5 +1,6 @@
 # make demo: train the bundled model on the bundled text. make test: checks and tests. Both set up .venv first.
-# make faults: the long tests of what a run survives. make soak MINUTES=60: random faults for so long, one SEED.
+# make faults: the long tests, of what a run survives and of broken networks. make soak MINUTES=60: random faults for so
+# long, one SEED. make forecast: what check_cluster.py forecasts, against what train.py then does.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ SOURCES := forge_lib scripts tests data
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo style quality test faults soak clean
+.PHONY: setup demo style quality test faults soak forecast clean
 
 setup: .venv/ready
 
@@ -55,6 +56,9 @@ faults: .venv/ready-dev
 
 soak: .venv/ready-dev
 	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
+
+forecast: .venv/ready-dev
+	$(BIN)/python tests/forecast.py
 
 clean:
 	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from forge_lib import batches, cluster, corpus, forecast, links, topology
 from forge_lib import model as models
 from forge_lib.arrival import Arrival, Problem
-from forge_lib.config import TrainConfig, UserError, World, flag, parse_config
+from forge_lib.config import TrainConfig, UserError, World, flag, flag_name, parse_config
 from forge_lib.peers import Peers, one_message, open_store
 
 ALL_REDUCE_BYTES = (1 << 16, 1 << 20, 1 << 23)
@@ -143,15 +143,22 @@ def own_facts(config: CheckConfig, group: topology.Cluster, own: topology.Machin
         "memory_bytes": memory,
         "free_bytes": shutil.disk_usage(folder).free,
         "dataset": corpus.content_fingerprint(config.dataset_path) if config.dataset_path else "",
+        "flags": {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)},
         "is_public": own is group.main and cluster.is_public(address if address in addresses else ""),
     }
 
 
 def compare_facts(facts: dict[str, dict]) -> list[tuple[str, str]]:
-    """Returns what a run would refuse: other minor versions of the libraries, other data; by machine."""
+    """Returns what a run would refuse, other minor versions of the libraries and other data, and what this check does:
+    other flags; by machine.
+    """
     found = []
     main = next(iter(facts), None)
     for name, theirs in facts.items():
+        for flag_, value in theirs["flags"].items():
+            if value != facts[main]["flags"].get(flag_):
+                text = f"{name} has {flag_name(flag_)} {value!r}, {main} has {facts[main]['flags'].get(flag_)!r}"
+                found.append((name, f"{text}: type the same line on each machine"))
         for library, is_harmless in cluster.differing_versions(facts[main]["versions"], theirs["versions"]).items():
             if not is_harmless:
                 version, ours = theirs["versions"][library], facts[main]["versions"][library]

@@ -11,6 +11,10 @@ PEER = {
     "host": "alice",
     "address": "10.0.0.1",
     "interface": "eth0",
+    "port": 29500,
+    "is_public": False,
+    "cores": 2,
+    "num_local_processes": 1,
     "device": "cpu",
     "device_name": "cpu",
     "flops": {"fp32": 1e11},
@@ -130,3 +134,34 @@ def test_a_main_machine_whose_name_does_not_resolve_is_named():
     world = World(num_processes=2, main_address="no-such-host.invalid", main_port=29500)
     with pytest.raises(UserError, match=r"'no-such-host\.invalid' does not resolve"):
         cluster.choose_interface(world)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        *[(private, False) for private in ("10.1.2.3", "172.16.0.1", "192.168.1.10", "100.64.0.7", "127.0.0.1", "")],
+        *[(private, False) for private in ("fd00::1", "fe80::1%eth0", "::1")],
+        *[(public, True) for public in ("172.32.0.1", "203.0.113.5", "8.8.8.8", "100.128.0.1", "2001:db8::1")],
+    ],
+)
+def test_private_and_shared_addresses_are_not_public(address, public):
+    assert cluster.is_public(address) == public
+
+
+def test_an_overlays_address_is_not_public(monkeypatch, tmp_path):
+    """An interface without a link layer is a tunnel's, whatever its address."""
+    for name, kind in (("wg0", "65534"), ("eth0", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "type").write_text(f"{kind}\n")
+        monkeypatch.setattr(cluster, "Path", lambda _: tmp_path)
+        monkeypatch.setattr(cluster, "interface_of", lambda _, name=name: name)
+        assert cluster.is_public("203.0.113.5") == (name == "eth0")
+
+
+def test_a_public_main_address_and_idle_cores_are_warned_of_once():
+    peers = two(cores=8)
+    peers[0]["is_public"] = True
+    public, idle = cluster.agree([*peers, peers[1]], WorldConfig()).warnings
+    assert "anybody who reaches 10.0.0.1 port 29500 can join this run and read it" in public
+    assert "bob computes with 2 of its 8 cores: say `use_cpu: true` in the YAML" in idle
+    assert cluster.agree([PEER, PEER], WorldConfig()).warnings == []

@@ -7,6 +7,7 @@ is left (e) and the newest checkpoint verifies (f). `Rig.hold` checks (c) to (f)
 
 import contextlib
 import json
+import random
 import re
 import shutil
 import signal
@@ -481,6 +482,30 @@ def test_restarts_bring_a_run_to_its_end_whoever_fails(rig, hosts, table, tmp_pa
 
 @netns
 @pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_workers_killed_at_twenty_random_steps_cost_nothing(rig, hosts, table, tmp_path, undisturbed):
+    """Ten on each machine, the one with the store too, at moments drawn by a seed."""
+    draw = random.Random(20)
+    num_steps, moments = 60, ["reading its batch", "computing", "saving"]
+    cluster = rig(hosts(2))
+    faults = []
+    for number, step in enumerate(sorted(draw.sample(range(2, num_steps), 20))):
+        at = moments[draw.randrange(2 if step % 5 else 3)]  # it saves after each fifth
+        once = str(tmp_path / f"once_{number}")
+        faults.append({"do": "kill", "at": at, "step": step, "rank": number % 2, "once": once})
+    flags = ["--timeout-seconds", TIMEOUT, "--max-restarts", 30, "--max-steps", num_steps]
+    running = cluster.begin(*flags, faults=[*faults, {**SLOW, "seconds": 0.05}])
+    cluster.finish(running, 0, 0, timeout=880)
+    marks = cluster.marks()
+    assert len(marks) == 20
+    for rank in (0, 1):
+        count = sum(mark.rank == rank for mark in marks)
+        table.add(f"kill -9 of worker {rank} at random steps, --max-restarts", f"{count} times, bit for bit", 0)
+    cluster.hold(undisturbed(num_steps))
+
+
+@netns
+@pytest.mark.faults
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("launcher", "n"), [("forge", 1), ("forge", 2), ("accelerate", 1), ("accelerate", 2)])
 def test_sigterm_to_one_launcher_stops_all_machines_with_a_checkpoint(rig, hosts, table, undisturbed, launcher, n):
@@ -732,14 +757,15 @@ def test_connections_that_are_reset_end_both_machines(rig, hosts, table):
 
 @netns
 @pytest.mark.faults
-@pytest.mark.parametrize(("rate", "steps"), [("20mbit", 8), ("5mbit", 6)])
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("rate", "steps"), [("20mbit", 8), ("5mbit", 6), ("1mbit", 2)])
 def test_a_slow_link_is_no_lost_peer(rig, hosts, table, undisturbed, rate, steps):
     """A step sends more than the time-out's floor allows for."""
     machines = hosts(2)
     cluster = rig(machines)
     shape(machines, 2, rate)
     running = cluster.begin("--timeout-seconds", 3, "--max-steps", steps)
-    cluster.finish(running, 0, 0)
+    cluster.finish(running, 0, 0, timeout=380)
     seconds = [row["step_seconds"] for row in rows(cluster.run_folder(1))]
     timeout = json.loads((cluster.run_folder(1) / "run.json").read_text())["process_group_timeout"]
     happened = f"steps of {max(seconds):.1f} s, time-out {timeout['seconds']:.0f} s, no false alarm"

@@ -276,3 +276,14 @@ def test_generate_streams_the_same_text_for_the_same_seed(run, trained, capsys):
     assert capsys.readouterr().out == "".join(text + "\n" for text in texts)
     ended = run([sys.executable, "scripts/generate.py", *config, "--seed", "1"])
     assert (ended.code, ended.output.strip()) == (0, texts[0].strip())
+
+
+def test_gradients_in_fp16_travel_in_half_the_bytes_to_nearly_the_same_losses(train, two_processes, trained):
+    """Over two micro-batches too; rounded to 11 bits they are not the same to the last digit."""
+    flags = [*FLAGS, "--gradient-compression", "fp16", "--micro-batch-size", 2]
+    folder, ended = train(*flags, launcher=two_processes)
+    assert ended.code == 0, ended.output
+    num_parameters = sum(t.numel() for t in load_file(folder / "final" / "model.safetensors").values())
+    assert rows(folder)[-1]["bytes_sent"] == 2 * num_parameters
+    found, expected = np.array(losses(folder)), np.array(losses(trained))
+    assert 1e-7 < np.abs(found / expected - 1).max() < 2e-3
