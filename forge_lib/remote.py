@@ -1,7 +1,7 @@
 """The run on all machines of a cluster from one terminal: `p2p-llm-forge --cluster cluster.yaml --ssh`.
 
 Here, `run` starts the part of each machine over ssh (this machine's own without), shows what they write and tells
-them to stop. There, `python -m forge_lib.remote` starts p2p-llm-forge and watches over it. What is wished comes by its
+them to stop. There, `python -m forge_lib.guard` starts p2p-llm-forge and watches over it. What is wished comes by its
 stdin; when that ends, the connection or the terminal here is gone, which is a wish to stop too.
 
 A terminal there, as by `ssh -t`, would send Ctrl-C as well. But the program would draw progress bars on it, each line
@@ -11,9 +11,7 @@ that it writes would fail when it is gone, before all is saved, and nobody would
 import contextlib
 import copy
 import math
-import multiprocessing
 import os
-import select
 import shlex
 import shutil
 import signal
@@ -29,16 +27,15 @@ from typing import Any
 import psutil
 
 from forge_lib.config import LaunchConfig, UserError, to_flags
+from forge_lib.guard import END, STOP, kill_family, say
 from forge_lib.topology import Cluster, Machine, find_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 SSH = ["ssh", "-T", "-oBatchMode=yes", "-oConnectTimeout=10", "-oServerAliveInterval=15", "-oServerAliveCountMax=4"]
 SSH += ["-oControlPath=none"]  # a connection that is shared has other options, and does not end with the run
-STOP, END = b"s", b"e"  # what is wished: save and stop; end at once
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # by which a program there hears of it
 POLL_SECONDS = 0.25
 MARGIN_SECONDS = 30  # beyond --grace-seconds, and p2p-llm-forge's own margin, before what hangs is killed
-END_SECONDS = 5  # for p2p-llm-forge to end its processes itself
+LAST_SECONDS = 5  # for what a machine has said last to be shown
 CLOSE_SECONDS = 15  # from the wish to end at once to the end of a connection that does not answer
 FOLLOW_SECONDS = 10  # for the run's own rules to end the others, when a machine has made an end of it
 MISTAKE, LOST, DIVERGED = 2, 3, 4  # exit codes of train.py
@@ -73,7 +70,7 @@ def run(cluster: Cluster, config: LaunchConfig, place: Callable[[Any, Cluster, M
         place(placed, cluster, machine)
         placed.ssh = False
         patience = f"{placed.grace_seconds + MARGIN_SECONDS:g}"
-        program = ["-m", "forge_lib.remote", patience, *to_flags(placed, type(placed))]
+        program = ["-m", "forge_lib.guard", patience, *to_flags(placed, type(placed))]
         commands[machine] = [sys.executable, *program] if machine == own else ssh_command(machine, program)
     if not shutil.which("ssh") and any(machine != own for machine in commands):
         raise UserError("--ssh needs the program `ssh` (Debian, Ubuntu: apt install openssh-client)")
@@ -130,11 +127,6 @@ def choose_code(codes: list[int]) -> int:
     return next(code for code in (MISTAKE, DIVERGED, *others, LOST, INTERRUPTED, 0) if code in codes)
 
 
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # where the terminal is gone there is still something to stop
-        print(f"p2p-llm-forge: {line}", file=sys.stderr, flush=True)
-
-
 class Part:
     """What runs on one machine, as it is seen from here.
 
@@ -164,7 +156,7 @@ class Part:
         """Tells once of its end, when all that it has said is shown."""
         if self.code is not None or self._process.poll() is None:
             return False
-        self._thread.join(END_SECONDS)  # no longer: a person may have stopped the terminal's output
+        self._thread.join(LAST_SECONDS)  # no longer: a person may have stopped the terminal's output
         code = self._process.returncode
         self.code = code if code >= 0 else 128 - code
         return True
@@ -184,7 +176,7 @@ class Part:
         """Ends what is left of it here."""
         with contextlib.suppress(psutil.NoSuchProcess):
             if self._process.poll() is None:
-                _kill_family(psutil.Process(self._process.pid))
+                kill_family(psutil.Process(self._process.pid))
                 self.code = KILLED
         self._process.wait()
         self._thread.join(1)
@@ -194,12 +186,6 @@ class Part:
 def plain(line: bytes) -> bytes:
     """Returns of a line what a terminal would show in the end: what follows the last carriage return."""
     return line.rstrip(b"\r\n").rsplit(b"\r", 1)[-1]
-
-
-def _kill_family(process: psutil.Process) -> None:
-    for each in (process, *process.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
 
 
 class Terminal:
@@ -249,7 +235,7 @@ class Terminal:
             return MISTAKE
         codes = [part.code for part in self.parts]
         if any(codes):
-            _say(", ".join(f"{part.machine.name} ended with exit code {part.code}" for part in self.parts))
+            say(", ".join(f"{part.machine.name} ended with exit code {part.code}" for part in self.parts))
         return INTERRUPTED if self.at_once and any(codes) else choose_code(codes)
 
     def _follow(self) -> None:
@@ -262,103 +248,32 @@ class Terminal:
             now = time.monotonic()
             if now > self.follow_at and not self.stopping:
                 self.stopping = True
-                _say(f"{self.failed} has failed, and the others run on")
+                say(f"{self.failed} has failed, and the others run on")
             wish = END if self.at_once or self.refused else STOP if self.stopping else b""
             if wish != self.told:
                 self.told, self.told_at = wish, now
                 if wish == STOP:
-                    _say("stopping all machines; Ctrl-C again ends at once")
+                    say("stopping all machines; Ctrl-C again ends at once")
                 for part in self.parts:
                     part.tell(wish)
             silent = ", ".join(part.machine.name for part in self.parts if part.code is None)
             if silent and self.told == END and now > self.told_at + CLOSE_SECONDS:
-                _say(f"{silent} did not end within {CLOSE_SECONDS} s: the connection is closed; see what runs there")
+                say(f"{silent} did not end within {CLOSE_SECONDS} s: the connection is closed; see what runs there")
                 return
 
     def _account(self, part: Part) -> None:
         """Says of a machine that has failed what it cannot say itself."""
         name, destination = part.machine.name, destination_of(part.machine)
         if part.code == SSH_FAILED and part.has_spoken:
-            _say(f"{name}: the connection is lost ({part.last_error()}); it is stopped there when that is noticed")
+            say(f"{name}: the connection is lost ({part.last_error()}); it is stopped there when that is noticed")
         elif part.code == SSH_FAILED:
             reason = part.last_error().removeprefix("ssh: ")
             cure = next((cure for words, cure in CURES.items() if words in reason), OTHER_CURE).format(destination)
-            _say(f"error: {name}: ssh {destination}: {reason}; {cure}")
+            say(f"error: {name}: ssh {destination}: {reason}; {cure}")
             self.refused = True
         elif part.code in NOT_FOUND or not (part.has_spoken or self.told):
-            _say(f"error: {name}: {part.last_error()}; correct `folder` or `python` of {name} in cluster.yaml")
+            say(f"error: {name}: {part.last_error()}; correct `folder` or `python` of {name} in cluster.yaml")
             self.refused = True
         patience = FOLLOW_SECONDS + (0 if part.code == MISTAKE else self.timeout_seconds)
         if time.monotonic() + patience < self.follow_at:
             self.failed, self.follow_at = name, time.monotonic() + patience
-
-
-# Here begins what runs on the machines.
-
-
-def serve(argv: list[str]) -> int:
-    """Runs p2p-llm-forge, and does what its stdin wishes; returns its exit code. No process of it is left.
-
-    Args:
-        argv: how many seconds it may take to stop, then its flags.
-    """
-    patience, flags = float(argv[0]), argv[1:]
-    output, theirs = os.pipe()
-    child = multiprocessing.get_context("fork").Process(target=_launch, args=(flags, theirs, os.getpid()))
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the child takes none before it can
-    child.start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    os.close(theirs)
-    watched, until, at_once = [0, output], math.inf, False
-    while child.is_alive():
-        ready = select.select(watched, [], [], POLL_SECONDS)[0]
-        if output in ready and not _pass_on(output):
-            watched.remove(output)
-        if 0 in ready:
-            wish = os.read(0, 99)
-            if not wish:
-                watched.remove(0)
-            at_once |= END in wish
-            until = min(until, time.monotonic() + (END_SECONDS if at_once else patience))
-            os.kill(child.pid, signal.SIGTERM)
-        if at_once:
-            os.kill(child.pid, signal.SIGINT)  # one by one, since two at once may count as one
-        if time.monotonic() > until:
-            _kill_family(psutil.Process(child.pid))
-    os.set_blocking(output, False)
-    with contextlib.suppress(BlockingIOError):  # another process may hold the other end
-        while _pass_on(output):
-            pass
-    return child.exitcode if child.exitcode >= 0 else 128 - child.exitcode
-
-
-def _pass_on(output: int) -> bool:
-    """Writes on what has been written, as long as there is someone to read it; returns whether more may come."""
-    chunk = os.read(output, 1 << 16)
-    with contextlib.suppress(OSError):
-        os.write(1, chunk)
-    return bool(chunk)
-
-
-def _launch(flags: list[str], output: int, guard: int) -> None:
-    """Becomes p2p-llm-forge, which stops when it is left alone."""
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    for number in SIGNALS:
-        signal.signal(number, _stop_early)  # until p2p-llm-forge listens itself
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    from forge_lib import control, launch  # which takes long, and imports this module
-
-    control.die_with_parent(signal.SIGTERM)
-    if os.getppid() == guard:
-        launch.main(flags)
-
-
-def _stop_early(number: int, frame: Any) -> None:
-    _say("stopped before training began")
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    sys.exit(serve(sys.argv[1:]))

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import BIN, QUIET, ROOT, SHORT, TINY, Finished, is_running, processes_with, rows, until, wait_for_step
 
-from forge_lib import launch, remote
+from forge_lib import guard, launch, remote
 from forge_lib.config import UserError, parse_config
 from forge_lib.topology import Cluster, Machine
 
@@ -29,12 +29,12 @@ NAMES = ("alice", "bob", "carol")
 
 
 def test_a_machine_is_told_where_the_program_lies_and_what_to_run(monkeypatch, tmp_path):
-    program = ["-m", "forge_lib.remote", "90", "--sample-prompt=it's $HOME"]
+    program = ["-m", "forge_lib.guard", "90", "--sample-prompt=it's $HOME"]
     monkeypatch.setattr(remote, "ROOT", tmp_path / "some where")
     words = remote.ssh_command(BOB, program)
     assert words[:3] == ["ssh", "-T", "-oBatchMode=yes"]
     assert words[-3:-1] == ["--", "10.77.0.2"]
-    run = """exec .venv/bin/python -m forge_lib.remote 90 '--sample-prompt=it'"'"'s $HOME'"""
+    run = """exec .venv/bin/python -m forge_lib.guard 90 '--sample-prompt=it'"'"'s $HOME'"""
     assert words[-1] == f"cd '{tmp_path}/some where' && {run}"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert remote.ssh_command(BOB, program)[-1] == f"cd ~/'some where' && {run}"
@@ -64,7 +64,7 @@ def test_each_machine_gets_its_place_and_all_other_flags(monkeypatch):
     assert remote.run(cluster, config, launch.place) == 0
     here, there = commands[machines[0]], shlex.split(commands[machines[1]][-1])[4:]
     for rank, words in enumerate((here, there)):
-        assert words[1:4] == ["-m", "forge_lib.remote", "50"]
+        assert words[1:4] == ["-m", "forge_lib.guard", "50"]
         topology = {"num_nodes": 2, "node_rank": rank, "processes_per_node": 2 - rank, "master_addr": "10.77.0.1"}
         topology |= {"master_port": 29501, "device": "cpu", "mixed_precision": "bf16", "cluster": "", "ssh": False}
         assert parse_config(launch.ForgeConfig, words[4:]) == replace(config, **topology)
@@ -205,29 +205,29 @@ def test_a_program_that_hangs_is_killed_where_it_runs(monkeypatch, patience, wis
         os.write(output, b"hangs\n")
         time.sleep(60)
 
-    monkeypatch.setattr(remote, "_launch", hang)
-    monkeypatch.setattr(remote, "END_SECONDS", 1)
+    monkeypatch.setattr(guard, "_launch", hang)
+    monkeypatch.setattr(guard, "END_SECONDS", 1)
     (stdin, wishes), (shown, stdout) = os.pipe(), os.pipe()
 
     def serve() -> None:
         os.dup2(stdin, 0)
         os.dup2(stdout, 1)
         os.close(wishes)
-        sys.exit(remote.serve([patience]))
+        sys.exit(guard.serve([patience]))
 
-    guard = multiprocessing.get_context("fork").Process(target=serve)
-    guard.start()
+    watcher = multiprocessing.get_context("fork").Process(target=serve)
+    watcher.start()
     assert os.read(shown, 99) == b"hangs\n"
     begun = time.monotonic()
     os.write(wishes, wish) if wish else os.close(wishes)
-    guard.join(30)
-    assert guard.exitcode == 137
+    watcher.join(30)
+    assert watcher.exitcode == 137
     assert 0.9 < time.monotonic() - begun < 5
 
 
 def test_a_wish_to_stop_is_heard_before_the_program_listens():
     """Its imports take seconds."""
-    words = [sys.executable, "-m", "forge_lib.remote", "60", *FLAGS, "--output-dir", "nowhere"]
+    words = [sys.executable, "-m", "forge_lib.guard", "60", *FLAGS, "--output-dir", "nowhere"]
     ended = subprocess.run(words, input=b"s", capture_output=True, cwd=ROOT, timeout=60)
     assert ended.returncode == 0
     assert ended.stdout == b"p2p-llm-forge: stopped before training began\n"
