@@ -2,7 +2,8 @@
 
 Every machine listens on the cluster's port, and asks every other one about once a second. Who is asked answers, and
 both hand on all that they have heard: so each machine comes to know what the others see, also of a machine that it
-cannot reach itself. What is handed on is JSON from whoever reaches the port: it is printed, and nothing else.
+cannot reach itself. What is handed on is JSON of a known form and size. Whoever reaches the port can disturb the
+check, as he could disturb a run; nothing of what he says is executed or written.
 """
 
 import errno
@@ -25,12 +26,14 @@ ASK_SECONDS = 1.0
 CONNECT_SECONDS = 4.0  # longer than the 3 s after which the kernel knows that nobody has an address
 ANSWER_SECONDS = 4.0
 FRESH_SECONDS = 8.0  # a machine that has said nothing new for so long is away
+SETTLE_SECONDS = 3.0  # so long a machine that was started again may still be heard of as it was
 STEADY_SECONDS = 1.0  # what is said must have been true for so long
 FATAL_SECONDS = 6.0  # so long the others have to hear of what cannot mend itself
 LINE_SECONDS = 10.0
 CLOCK_SECONDS = 10.0  # clocks further apart than this are worth a word
+LEAVE_SECONDS = 3.0  # so long a machine that ends stays, for the others to hear why
 MAX_BYTES = 1 << 20
-MAX_RECORDS = 256
+MAX_RECORD_BYTES = 1 << 14
 PROTOCOL = 1
 
 Record = dict[str, Any]
@@ -91,8 +94,9 @@ class Arrival:
         self.main = next(iter(addresses))
         self.others = [other for other in addresses if other != name]
         self._me: Record = {"id": uuid.uuid4().hex, "name": name, "host": socket.gethostname(), "cluster": cluster}
-        self._me |= {"doing": "", "facts": {}, "goes": False}
-        self._faults: list[str] = []
+        self._me |= {"doing": "", "facts": {}, "goes": False, "left": False}
+        self._faults: list[str] = []  # of its address and port
+        self._mistakes: list[str] = []  # of the person at it
         self._ways: dict[str, str] = {}  # to each other machine, what is wrong with the way there
         self._clocks: dict[str, deque] = {other: deque(maxlen=5) for other in self.others}
         self._answered: dict[str, float] = {}  # when each has last answered
@@ -151,11 +155,27 @@ class Arrival:
                     say(line)
             is_fatal = any(problem.kind == "fatal" for problem in problems)
             fatal_since = (fatal_since or now) if is_fatal else None
-            if now - begun > timeout_seconds or (fatal_since and now - fatal_since > FATAL_SECONDS):
+            left = any(records[0]["left"] for name, records in self._fresh().items() if name != self.name)
+            is_over = now - begun > timeout_seconds or (fatal_since and now - fatal_since > FATAL_SECONDS)
+            if left or is_over:
                 for line in lines if lines != said else []:
                     say(line)
-                return Outcome(False, problems, self._facts(), self._find_clocks())
+                outcome = Outcome(False, problems, self._facts(), self._find_clocks())
+                self.leave()
+                return outcome
             time.sleep(0.1)
+
+    def leave(self, mistake: str = "") -> None:
+        """Tells the others that this machine ends the check, and why; they end it too, and know the same."""
+        with self._lock:
+            self._mistakes += [mistake] if mistake else []
+            self._me["left"] = True
+        left = time.monotonic()
+        fresh = self._fresh()
+        while time.monotonic() - left < LEAVE_SECONDS:
+            if all(self._answered.get(other, 0.0) > left for other in self.others if other in fresh):
+                return
+            time.sleep(0.05)
 
     def _facts(self) -> dict[str, dict]:
         return {name: records[0]["facts"] for name, records in self._fresh().items() if records[0]["facts"]}
@@ -201,7 +221,11 @@ class Arrival:
                 way = "ahead of" if seconds > 0 else "behind"
                 text = f"the clock of {name} is {abs(seconds):.0f} s {way} that of {self.main}"
                 found.append(Problem(name, text, "clock"))
-        found += [Problem(name, text, "fatal") for name, text in self.compare(self._facts())]
+        try:
+            found += [Problem(name, text, "fatal") for name, text in self.compare(self._facts())]
+        except (KeyError, TypeError, AttributeError, ValueError):
+            text = "a machine tells facts of another form: install the same version of this program on all"
+            found.append(Problem("", text, "fatal"))
         return sorted(set(found))
 
     def _lines(self, problems: list[Problem]) -> list[str]:
@@ -242,11 +266,14 @@ class Arrival:
             found: dict[str, list[Record]] = {name: [] for name in self.addresses}
             found[self.name].append(self._snapshot())
             first = dict.fromkeys(self.addresses, 0.0)  # when the newest of a name was first heard of
+            newest = dict.fromkeys(self.addresses, "")
             for id_, record in self._records.items():
-                first[record["name"]] = max(first[record["name"]], self._heard[id_][0])
+                if self._heard[id_][0] > first[record["name"]]:
+                    first[record["name"]], newest[record["name"]] = self._heard[id_][0], id_
             for id_, record in self._records.items():
                 changed = self._heard[id_][1]
-                ended = changed < first[record["name"]]  # it was started again, and has another id now
+                # It was started again, and has another id now; what it has said last goes round for a while.
+                ended = record["id"] != newest[record["name"]] and changed < first[record["name"]] + SETTLE_SECONDS
                 if now - changed < FRESH_SECONDS and not ended:
                     found[record["name"]].append(record)
         return {name: sorted(records, key=lambda record: record["id"]) for name, records in found.items() if records}
@@ -255,8 +282,13 @@ class Arrival:
 
     def _snapshot(self) -> Record:
         clocks = {other: statistics.median(seconds) for other, seconds in self._clocks.items() if seconds}
-        me = {"beat": time.monotonic_ns(), "faults": self._faults, "ways": dict(self._ways), "clocks": clocks}
-        return self._me | me | {"address": self._own_address()}
+        me = {
+            "beat": time.monotonic_ns(),
+            "faults": [*self._faults, *self._mistakes],
+            "ways": dict(self._ways),
+            "clocks": clocks,
+        }
+        return self._me | me | {"address": self.own_address()}
 
     def _message(self) -> bytes:
         now = time.monotonic()
@@ -269,11 +301,11 @@ class Arrival:
         """Takes what is newer; what is not of the right form is left out."""
         now = time.monotonic()
         with self._lock:
-            for record in content["records"][:MAX_RECORDS]:
+            for record in content["records"][: 4 * len(self.addresses)]:
                 if not _is_record(record) or record["name"] not in self.addresses or record["id"] == self._me["id"]:
                     continue
                 before = self._records.get(record["id"])
-                if before is None and len(self._records) >= MAX_RECORDS:
+                if before is None and len(self._records) >= 8 * len(self.addresses):
                     continue
                 if before is None or record["beat"] > before["beat"]:
                     self._records[record["id"]] = record
@@ -290,7 +322,7 @@ class Arrival:
                 try:
                     arrival._merge(_parse(self.rfile.readline(MAX_BYTES)))
                     self.wfile.write(arrival._message())
-                except (OSError, ValueError, KeyError, TypeError):
+                except (OSError, ValueError, KeyError, TypeError, RecursionError):
                     pass  # a stranger, or a link that is cut
 
         class Server(socketserver.ThreadingTCPServer):
@@ -341,7 +373,8 @@ class Arrival:
             (f"{given} is none of its addresses ({found}); correct it in cluster.yaml, or bring the network up"),
         )
 
-    def _own_address(self) -> str:
+    def own_address(self) -> str:
+        """Returns this machine's IP address in the cluster's network, or nothing where it has no way there."""
         return self._server.server_address[0] if self._server else self._route_address()
 
     def _route_address(self) -> str:
@@ -365,7 +398,7 @@ class Arrival:
 
     def _ask_once(self, other: str) -> str:
         """Exchanges all that is known with another machine; returns what is wrong with the way there."""
-        address, where = self.addresses[other], f"port {self.port}"
+        address, where, begun = self.addresses[other], f"port {self.port}", time.monotonic()
         try:
             link = socket.create_connection((address, self.port), timeout=CONNECT_SECONDS)
         except socket.gaierror:
@@ -379,32 +412,48 @@ class Arrival:
                 return f"no answer at its {where}, though it is there: a firewall on the way drops what comes"
             return f"no answer at its {where}: it is off, or a firewall on the way drops what comes"
         except OSError as error:
-            if error.errno == errno.EHOSTUNREACH:
-                return f"no way to {address}: nobody there has that address (it is off, or has another one)"
-            if error.errno == errno.ENETUNREACH:
-                return f"no route to {address}"
-            return f"no way to {address}: {error.strerror or error}"
+            return self._why_unreachable(other, error, time.monotonic() - begun)
         with link:
-            own, expected = link.getsockname()[0], self._own_address()
+            own, expected = link.getsockname()[0], self.own_address()
             try:
                 link.settimeout(ANSWER_SECONDS)
                 asked, before = time.time(), time.monotonic()
                 link.sendall(self._message())
                 answer = _parse(link.makefile("rb").readline(MAX_BYTES))
                 took = time.monotonic() - before
-                names = [record["name"] for record in answer["records"][:1]]
+                names = [record["name"] for record in answer["records"][:1] if _is_record(record)]
                 self._merge(answer)
                 ahead = answer["time"] - asked - took / 2
-            except (OSError, ValueError, KeyError, TypeError):
-                return f"that another program answers at its {where}, or that the link breaks"
+            except TimeoutError:
+                return f"{where} open, but nothing comes back: packets of full size do not pass (MTU), or it hangs"
+            except OSError:
+                return f"{where} open, but the link breaks"
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return f"another program at its {where}"
         self._answered[other] = before
         if took < 2:
             self._clocks[other].append(ahead)
         if names != [other]:
-            return f"{', '.join(names)} at its address {address}: correct cluster.yaml"
+            return f"{', '.join(names) or 'another program'} at its address {address}: correct cluster.yaml"
         if self._server and own != expected and not ipaddress.ip_address(expected).is_loopback:
             return f"that the way there leaves {self.name} from {own}, not from {expected}: the wrong interface"
         return ""
+
+    def _why_unreachable(self, other: str, error: OSError, seconds: float) -> str:
+        """Tells apart what the kernel calls unreachable: no route, nobody at the address, a firewall's answer."""
+        address = self.addresses[other]
+        try:
+            family, *_, target = socket.getaddrinfo(address, self.port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(target)  # sends nothing: it asks the route table
+        except OSError:
+            return f"no route to {address}: the route table of {self.name} has none"
+        if error.errno != errno.EHOSTUNREACH:
+            return f"no way to {address}: {error.strerror or error}"
+        if seconds < 1:  # nobody is asked for an address that is known
+            there = ", though it is there" if other in self._fresh() else ""
+            return f"its port {self.port} rejected{there}: a firewall on the way answers that it is prohibited"
+        return f"no way to {address}: nobody there has that address (it is off, or has another one)"
 
 
 def _parse(line: bytes) -> dict:
@@ -415,16 +464,27 @@ def _parse(line: bytes) -> dict:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether something from outside has the form of a record, and can be printed."""
+    """Whether something from outside has the form of a record, is small, and can be printed."""
     types = {"id": str, "name": str, "host": str, "cluster": str, "address": str, "doing": str, "beat": int}
-    types |= {"goes": bool, "facts": dict, "faults": list, "ways": dict, "clocks": dict}
+    types |= {"goes": bool, "left": bool, "facts": dict, "faults": list, "ways": dict, "clocks": dict}
     if not isinstance(record, dict) or any(not isinstance(record.get(key), kind) for key, kind in types.items()):
         return False
-    texts = [*record["faults"], *record["ways"].values(), record["host"], record["address"], record["doing"]]
-    numbers = record["clocks"].values()
-    return all(isinstance(text, str) and text.isprintable() and len(text) < 500 for text in texts) and all(
-        isinstance(number, (int, float)) for number in numbers
+    if len(json.dumps(record)) > MAX_RECORD_BYTES or not _is_printable(record):
+        return False
+    clocks = record["clocks"].values()
+    texts = [*record["faults"], *record["ways"].values()]
+    return all(isinstance(text, str) for text in texts) and all(
+        type(number) in (int, float) and abs(number) < 1e12 for number in clocks
     )
+
+
+def _is_printable(value: Any) -> bool:
+    """Whether no text in it, however deep, has control characters, as terminals obey them."""
+    if isinstance(value, str):
+        return value.isprintable()
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and key.isprintable() and _is_printable(each) for key, each in value.items())
+    return all(map(_is_printable, value)) if isinstance(value, list) else True
 
 
 def _is_address(text: str) -> bool:

@@ -62,6 +62,8 @@ class Peers:
         world: the processes that are expected.
         timeout_seconds: a process that has been silent for so long is lost. If this process hangs in a collective by
             then, it says so and ends with exit code 3.
+        start_seconds: one that has said nothing at all for so long is lost.
+        cure: what a person can do when one is lost.
 
     Attributes:
         step: optimizer steps done, for messages.
@@ -72,8 +74,16 @@ class Peers:
     met: ClassVar[bool] = False  # whether this process has a side channel that tells its errors
     stuck: ClassVar[bool] = False  # whether a thread of one still waits for a link that has fallen silent
 
-    def __init__(self, world: World, timeout_seconds: float = 60.0, leave: Callable[[int], None] = os._exit):
+    def __init__(
+        self,
+        world: World,
+        timeout_seconds: float = 60.0,
+        leave: Callable[[int], None] = os._exit,
+        start_seconds: float = START_SECONDS,
+        cure: str = GO_ON,
+    ):
         self.world, self.timeout_seconds, self.host = world, timeout_seconds, socket.gethostname()
+        self.start_seconds, self.cure = start_seconds, cure
         self.step, self.address = 0, ""
         self.last_words: Callable[[BaseException], None] = lambda error: None
         self._leave = leave
@@ -252,19 +262,17 @@ class Peers:
         """Returns the verdict on who has been silent for too long, if anybody has."""
         why = f"silent for {self.timeout_seconds:g} s"
         if now - looked > self.timeout_seconds:
-            text = f"{self._me()} was frozen for {now - looked:.0f} s: the others have given it up. {GO_ON}"
+            text = f"{self._me()} was frozen for {now - looked:.0f} s: the others have given it up. {self.cure}"
             return self._verdict_with("lost", text)
         if now - self._talked > self.timeout_seconds:
             return self._verdict_on_main_machine(why)
         if silent := [rank for rank, changed in list(self._changed.items()) if now - changed > self.timeout_seconds]:
             return self._verdict_on(silent, why)
         unheard = [rank for rank in range(self.world.num_processes) if rank not in self._states]
-        if unheard and now - self._begun > max(START_SECONDS, self.timeout_seconds):
+        if unheard and now - self._begun > max(self.start_seconds, self.timeout_seconds):
             names = ", ".join(map(str, unheard))
-            text = (
-                f"lost process {names}, which has not begun within {now - self._begun:.0f} s: see its machine. {GO_ON}"
-            )
-            return self._verdict_with("lost", text)
+            text = f"lost process {names}, which has not begun within {now - self._begun:.0f} s: see its machine"
+            return self._verdict_with("lost", f"{text}. {self.cure}")
         return None
 
     # What an error means, and how the others hear of it.
@@ -280,7 +288,7 @@ class Peers:
                 return error
         if not _is_communication(error):
             self._tell(
-                self._verdict_with("lost", f"{self._me()} has failed: {type(error).__name__}: {error}. {GO_ON}")
+                self._verdict_with("lost", f"{self._me()} has failed: {type(error).__name__}: {error}. {self.cure}")
             )
             return error
         until = time.monotonic() + SETTLE_SECONDS
@@ -311,10 +319,10 @@ class Peers:
             state = self._states[rank]
             if state["address"] and not _answers(state["address"], self.world.main_port):
                 text = f"{self._me()} cannot reach {self._name(rank)} at {state['address']}"
-                return self._verdict_with("lost", f"{text} ({reason}). Mend the link. {GO_ON}")
+                return self._verdict_with("lost", f"{text} ({reason}). Mend the link. {self.cure}")
         time.sleep(SETTLE_SECONDS)  # another one may know more
         return self._verdict_with(
-            "lost", f"step {self.step + 1}: the processes have lost each other ({reason}). {GO_ON}"
+            "lost", f"step {self.step + 1}: the processes have lost each other ({reason}). {self.cure}"
         )
 
     def _verdict_on(self, ranks: list[int], why: str) -> dict:
@@ -322,7 +330,9 @@ class Peers:
             f"{self._name(rank)} (in step {self._states[rank]['step'] + 1}, {self._states[rank]['doing']})"
             for rank in ranks
         )
-        return self._verdict_with("lost", f"lost {names}: {why}. {self._me()} was in step {self.step + 1}. {GO_ON}")
+        return self._verdict_with(
+            "lost", f"lost {names}: {why}. {self._me()} was in step {self.step + 1}. {self.cure}"
+        )
 
     def _with_ranks(self, verdict: dict) -> dict:
         """Names the processes of a machine whose launcher has said that it starts anew."""
@@ -335,7 +345,7 @@ class Peers:
         text = (
             f"lost the main machine {name}at {self.world.main_address}:{self.world.main_port}: {why}; see its messages"
         )
-        return self._verdict_with("lost", f"{text} there. {self._me()} was in step {self.step + 1}. {GO_ON}")
+        return self._verdict_with("lost", f"{text} there. {self._me()} was in step {self.step + 1}. {self.cure}")
 
     def _verdict_with(self, kind: str, text: str) -> dict:
         return {"kind": kind, "rank": self.world.process_index, "text": text}

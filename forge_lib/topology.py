@@ -37,6 +37,8 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # becomes a file's name
 HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_-]+)*\.?")
+MADE_BY = "Made by scripts/make_configs.py"
+LOOPBACK_NAMES = ("localhost", "ip6-localhost", "localhost.localdomain")
 INTERFACE_LENGTH = 15  # the longest name of a Linux network interface
 KEEPALIVE_SECONDS = 25  # a home router forgets a silent UDP link after about 30 s
 EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -121,7 +123,7 @@ def read_cluster(path: Path) -> Cluster:
     if not path.is_file():
         raise UserError(f"--cluster {path}: no such file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     wrong: list[str] = []
@@ -132,6 +134,17 @@ def read_cluster(path: Path) -> Cluster:
         raise UserError("\n".join(f"{path}: {line}" for line in wrong))
     machines = sorted(cluster.machines, key=lambda machine: machine.rank)
     return Cluster(**vars(cluster) | {"machines": machines})
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's own, but a key that comes twice is an error: the last one would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _parse(content: Any, wrong: list[str]) -> Cluster | None:
@@ -193,7 +206,7 @@ def _find_mistakes(cluster: Cluster) -> list[str]:
         who = f"machine {machine.name!r:.99}"
         if not NAME.fullmatch(machine.name):
             wrong.append(f"{who}: expected a name of letters, digits, '-', '_' and '.'")
-        if not _as_ip(address) and not HOST_NAME.fullmatch(address):
+        if not _as_ip(address) and (not HOST_NAME.fullmatch(address) or re.fullmatch(r"[0-9.]+", address)):
             wrong.append(f"{who}: address {machine.address!r:.99} is neither an IP address nor a host name")
         if (ip := _as_ip(address)) and (ip.is_unspecified or ip.is_multicast):
             wrong.append(f"{who}: {machine.address} is no machine's address; give the one that the others reach")
@@ -230,6 +243,8 @@ def _find_overlay_mistakes(cluster: Cluster) -> list[str]:
     except ValueError as error:
         return [f"wireguard: subnet is {overlay.subnet!r:.99}, expected a network as 10.88.0.0/24 ({error})"]
     wrong = _no_port("wireguard: port", overlay.port)
+    if not network.is_private or network.is_loopback or network.is_link_local:
+        wrong.append(f"wireguard: subnet {network} is not private; take one of 10.0.0.0/8, as 10.88.0.0/24")
     if network.num_addresses < len(cluster.machines) + 2:
         wrong.append(f"wireguard: subnet {network} has no room for {len(cluster.machines)} machines")
     for machine in cluster.machines:
@@ -254,9 +269,10 @@ def _no_port(what: str, value: int) -> list[str]:
 
 def _as_ip(address: str) -> Address | None:
     try:
-        return ipaddress.ip_address(address)
+        ip = ipaddress.ip_address(address)
     except ValueError:
         return None
+    return getattr(ip, "ipv4_mapped", None) or ip
 
 
 def _plain_address(address: str) -> str:
@@ -267,7 +283,7 @@ def _plain_address(address: str) -> str:
 
 def _is_loopback(address: str) -> bool:
     ip = _as_ip(address)
-    return ip.is_loopback if ip else address == "localhost"
+    return ip.is_loopback if ip else address.lower().rstrip(".") in LOOPBACK_NAMES
 
 
 # Which machine this is
@@ -286,7 +302,9 @@ def find_machine(cluster: Cluster, wanted: str) -> Machine:
             raise UserError(f"--machine {wanted}: the cluster has no such machine; it has {names}")
         return found[0]
     own = own_addresses()
-    found = [machine for machine in cluster.machines if _is_own(machine.address, own)]
+    found = [
+        machine for machine in cluster.machines if _is_own(machine.address, own) or cluster.address(machine) in own
+    ]
     if len(found) == 1:
         return found[0]
     addresses = ", ".join(sorted(address for address in own if not ipaddress.ip_address(address).is_loopback))
@@ -328,7 +346,7 @@ def accelerate_config(cluster: Cluster, machine: Machine) -> str:
     count, own = len(cluster.machines), machine.processes
     lines = [
         f"# {machine.name}, machine {machine.rank} of {count} in {cluster.name}.",
-        "# Made by scripts/make_configs.py: change cluster.yaml, and make it anew.",
+        f"# {MADE_BY}: change cluster.yaml, and make it anew.",
     ]
     if count * own == 1:
         lines += ["distributed_type: 'NO'"]
@@ -376,12 +394,23 @@ def find_config_mistakes(path: Path) -> list[str]:
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
     if "compute_environment" in keys and keys["compute_environment"] != "LOCAL_MACHINE":
         return [f"compute_environment is {keys['compute_environment']}, expected LOCAL_MACHINE"]
-    wrong = []
+    numbers = ("num_processes", "num_machines", "machine_rank", "main_process_port")
+    wrong = [
+        f"{name} is {keys[name]!r:.99}, expected a whole number"
+        for name in numbers
+        if name in keys and type(keys[name]) is not int and (keys[name] is not None or name == "machine_rank")
+    ]
+    if config.num_machines is None or not isinstance(config.dynamo_config, dict):
+        wrong.append("num_machines and dynamo_config: expected a whole number, and lines of `key: value`")
+    if wrong:
+        return wrong
     several = config.num_machines > 1
+    if config.num_machines < 1:
+        return [f"num_machines is {config.num_machines}, expected 1 or more"]
     if kind == "MULTI_CPU":
         wrong.append(f"distributed_type is MULTI_CPU: {WIZARD_CURE}")
-    elif kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP"):
-        wrong.append(f"distributed_type is {kind}; training here is data-parallel alone: MULTI_GPU")
+    elif kind not in ("MULTI_GPU", "NO"):
+        wrong.append(f"distributed_type is {kind}; training here is data-parallel, on GPUs or CPUs: MULTI_GPU")
     elif kind == "NO" and (several or config.num_processes > 1):
         wrong.append(
             f"distributed_type is NO, which starts one process; with num_machines {config.num_machines} and "
@@ -409,13 +438,25 @@ def find_config_mistakes(path: Path) -> list[str]:
             f"main_process_ip is {config.main_process_ip}, by which a machine reaches itself alone: give the main "
             "machine's address on the network"
         )
+    address = str(config.main_process_ip or "")
+    ip = _as_ip(address)
+    if several and address and not ip and (not HOST_NAME.fullmatch(address) or re.fullmatch(r"[0-9.]+", address)):
+        wrong.append(
+            f"main_process_ip is {address!r:.99}, expected an IP address or a name, without port and brackets"
+        )
+    if several and ip and ip.is_unspecified:
+        wrong.append(f"main_process_ip is {address}, which is no machine's address: give the main machine's")
+    if config.main_process_port and not 0 < config.main_process_port < 1 << 16:
+        wrong.append(f"main_process_port is {config.main_process_port}, expected a number from 1 to 65535")
+    if str(config.mixed_precision) == "fp16" and config.use_cpu:
+        wrong.append("mixed_precision is fp16, which needs GPUs; with use_cpu it is no or bf16")
     if several and not config.main_process_port:
         wrong.append("main_process_port is missing: a free port of the main machine, the same on each machine")
     if several and config.rdzv_backend != "static":
         wrong.append(f"rdzv_backend is {config.rdzv_backend}, which accelerate reads from no file: take the line out")
     if str(config.mixed_precision) not in ("None", "no", "bf16", "fp16", "False"):
         wrong.append(f"mixed_precision is {config.mixed_precision}, expected no, bf16 or fp16")
-    dynamo = (config.dynamo_config or {}).get("dynamo_backend", "NO")
+    dynamo = config.dynamo_config.get("dynamo_backend", "NO")
     if dynamo != "NO":
         wrong.append(f"dynamo_config asks for {dynamo}, which is not used; train.py has --compile")
     return wrong
@@ -443,6 +484,7 @@ def make_key(private: Path, public: Path) -> None:
             key = subprocess.run(["wg", "genkey"], capture_output=True, text=True, check=True).stdout
             with os.fdopen(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(key)
+        private.chmod(0o600)
         found = subprocess.run(["wg", "pubkey"], input=private.read_text(), capture_output=True, text=True)
         if found.returncode:
             raise UserError(f"{private} is no WireGuard key: {found.stderr.strip()}")

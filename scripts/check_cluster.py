@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import socket
 import statistics
 import sys
@@ -35,11 +36,14 @@ import torch.distributed as dist
 
 from forge_lib import batches, cluster, corpus, forecast, links, topology
 from forge_lib import model as models
-from forge_lib.arrival import Arrival, Problem
+from forge_lib.arrival import Arrival, Outcome, Problem
 from forge_lib.config import TrainConfig, UserError, World, flag, flag_name, parse_config
-from forge_lib.peers import Peers, one_message, open_store
+from forge_lib.peers import PeerLostError, Peers, Stopped, one_message, open_store
 
 ALL_REDUCE_BYTES = (1 << 16, 1 << 20, 1 << 23)
+FACTS = {"host", "address", "interface", "system", "versions", "processes", "device", "cores", "memory_bytes"}
+FACTS |= {"free_bytes", "dataset", "flags", "is_public"}
+SILENT_SECONDS, START_SECONDS = 15, 30  # a machine that has come, and says nothing for so long, is lost
 LEAVE_SECONDS = 1.0
 MODEL_SECONDS = 1800  # the longest that loading and measuring a model may take
 NETWORK_PART = 0.2  # of a step, from which on the network is worth a word
@@ -103,38 +107,62 @@ def main(config: CheckConfig) -> bool:
     shares = batches.divide_batch(config.batch_size, config.shares, group.num_processes) if config.model_name else []
     addresses = {machine.name: group.address(machine) for machine in group.machines}
     fingerprint = hashlib.sha256(repr(dataclasses.astuple(group)).encode()).hexdigest()
-    stream = sys.stderr if config.json else sys.stdout
-
-    with Arrival(own.name, addresses, group.port, fingerprint, compare_facts) as arrival:
-        arrival.tell("looking at itself and its data")
-        arrival.tell("", own_facts(config, group, own))
-        found = arrival.wait(config.timeout, say=lambda line: print(line, file=stream, flush=True))
-    report: dict[str, Any] = {"cluster": group.name, "machine": own.name, "machines": found.facts}
-    report |= {"clocks": found.clocks, "problems": found.problems, "warnings": warnings_of(group, found.facts)}
-    if found.complete:
-        measure(config, group, own, shares, report)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end_by_signal)
+    report: dict[str, Any] = {"cluster": group.name, "machine": own.name, "machines": {}, "clocks": {}}
+    report |= {"problems": [], "warnings": []}
+    try:
+        with Arrival(own.name, addresses, group.port, fingerprint, compare_facts) as arrival:
+            found = arrive(config, group, own, arrival)
+        report["machines"] = {name: facts for name, facts in found.facts.items() if facts.keys() >= FACTS}
+        report |= {"clocks": found.clocks, "problems": found.problems, "warnings": warnings_of(group, found.facts)}
+        if found.complete:
+            measure(config, group, own, shares, report)
+    except (PeerLostError, Stopped) as error:
+        report["problems"].append(Problem("", str(error), "fatal"))
     report["well"] = not report["problems"]
     report["problems"] = [dataclasses.asdict(problem) for problem in report["problems"]]
-    print(json.dumps(report, indent=2) if config.json else describe(config, group, report))
+    print(json.dumps(report, indent=2) if config.json else describe(config, group, report), flush=True)
     return report["well"]
+
+
+def end_by_signal(number: int, frame: Any) -> None:
+    """Ends the check on all machines."""
+    raise Stopped(f"the check was ended by {signal.Signals(number).name}")
+
+
+def arrive(config: CheckConfig, group: topology.Cluster, own: topology.Machine, arrival: Arrival) -> Outcome:
+    """Meets the other machines; a mistake that is found on this one ends the check on all of them."""
+    stream = sys.stderr if config.json else sys.stdout
+    try:
+        arrival.tell("looking at itself and its data")
+        arrival.tell("", own_facts(config, group, own, arrival.own_address()))
+        return arrival.wait(config.timeout, say=lambda line: print(line, file=stream, flush=True))
+    except (UserError, Stopped) as error:
+        arrival.leave(" ".join(str(error).split()))
+        raise
 
 
 # What a machine says of itself
 
 
-def own_facts(config: CheckConfig, group: topology.Cluster, own: topology.Machine) -> dict:
-    """Returns the facts of this machine, of JSON types."""
-    address = group.address(own)
-    addresses = topology.own_addresses()
+def own_facts(config: CheckConfig, group: topology.Cluster, own: topology.Machine, address: str) -> dict:
+    """Returns the facts of this machine, with that address, of JSON types.
+
+    Raises:
+        UserError: --output-dir cannot be written to, or --dataset-path cannot be read.
+    """
     on_gpu = group.device_of(own) != "cpu" and torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total
     folder = Path(config.output_dir).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--output-dir {config.output_dir}: {folder} is no folder that can be written to")
     return {
         "host": socket.gethostname(),
         "address": address,
-        "interface": cluster.interface_of(address) if address in addresses else "",
+        "interface": cluster.interface_of(address),
         "system": f"{platform.system()} {platform.release()}",
         "versions": cluster.versions(),
         "processes": own.processes,
@@ -144,7 +172,7 @@ def own_facts(config: CheckConfig, group: topology.Cluster, own: topology.Machin
         "free_bytes": shutil.disk_usage(folder).free,
         "dataset": corpus.content_fingerprint(config.dataset_path) if config.dataset_path else "",
         "flags": {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)},
-        "is_public": own is group.main and cluster.is_public(address if address in addresses else ""),
+        "is_public": own is group.main and cluster.is_public(address),
     }
 
 
@@ -187,15 +215,21 @@ def measure(
     """Measures machines, links and the process group; adds the figures and the forecast to the report. Call on all."""
     several = len(group.machines) > 1
     world = World(own.rank, len(group.machines), 0, 1, group.address(group.main) if several else "", group.port)
-    with Peers(world) as peers:
+    limits = {"timeout_seconds": SILENT_SECONDS, "start_seconds": START_SECONDS}
+    with Peers(world, cure="Run the check again on every machine", **limits) as peers:
+        peers.host = own.name
         device = cluster.choose_device("cpu" if group.device_of(own) == "cpu" else "auto", world)
         precision = group.mixed_precision if config.mixed_precision == "auto" else config.mixed_precision
         run = TrainConfig(model_name="-", dataset_path="-", output_dir="-", mixed_precision=precision)
         peers.say("measuring its speed")
-        facts = cluster.local_facts(run, world, device) | {"copy_bandwidth": forecast.copy_bandwidth(device)}
+        facts = cluster.local_facts(run, world, device) | {
+            "host": own.name,
+            "copy_bandwidth": forecast.copy_bandwidth(device),
+        }
         agreement = cluster.agree(peers.exchange(facts), run)
         for machine, peer in zip(group.machines, agreement.peers, strict=True):
             report["machines"][machine.name] |= {name: peer[name] for name in ("flops", "copy_bandwidth")}
+        report["warnings"] += [line for line in agreement.warnings if line not in report["warnings"]]
         report["mixed_precision"], report["backend"] = agreement.mixed_precision, agreement.backend
         report["links"] = measure_links([machine.name for machine in group.machines], agreement, world, peers)
         broken = [link for link in report["links"] if "error" in link]
@@ -209,7 +243,7 @@ def measure(
             network = forecast.Network(0.0, math.inf)
             if several:
                 network = forecast.fit_network(len(group.machines), report["all_reduce_seconds"])
-            report["forecast"] = make_forecast(config, shares, speeds, found[0]["sizes"], network)
+            report["forecast"] = make_forecast(config, len(group.machines), shares, speeds, found[0]["sizes"], network)
         peers.meet("end")
         if world.process_index:
             peers.post(f"leaves/{world.process_index}", "yes")
@@ -351,7 +385,12 @@ def measure_process(config: CheckConfig, number: int, processes: int, device: st
 
 
 def make_forecast(
-    config: CheckConfig, shares: list[int], speeds: list[forecast.Speed], sizes: list[int], network: forecast.Network
+    config: CheckConfig,
+    num_machines: int,
+    shares: list[int],
+    speeds: list[forecast.Speed],
+    sizes: list[int],
+    network: forecast.Network,
 ) -> dict:
     """Returns the forecast for the machines at hand, and for more or fewer such machines, and the flags to use."""
     bucket_bytes, num_tokens = forecast.buckets(sizes), config.batch_size * config.sequence_length
@@ -372,10 +411,12 @@ def make_forecast(
 
     here = forecasts(speeds, shares)
     such = {}
-    for count in SUCH_MACHINES if math.isfinite(network.bandwidth) else ():
-        share = -(-config.batch_size // count)
-        such[count] = as_json(forecasts([forecast.mean_speed(speeds)] * count, [share] * count))
-        if count > config.batch_size:
+    processes = max(1, round(len(speeds) / num_machines))  # of such a machine
+    for count in SUCH_MACHINES if num_machines > 1 else ():
+        share = -(-config.batch_size // (count * processes))
+        parts = [share] * count * processes
+        such[count] = as_json(forecasts([forecast.mean_speed(speeds)] * len(parts), parts))
+        if len(parts) > config.batch_size:
             such[count] = None
     flags = [f"--batch-size {config.batch_size}", f"--micro-batch-size {config.micro_batch_size}"]
     notes = []

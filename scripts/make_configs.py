@@ -62,7 +62,10 @@ def main(config: MakeConfig) -> None:
     keys = Path(config.keys).expanduser() if config.keys else folder
     folder.mkdir(parents=True, exist_ok=True)
     for machine in cluster.machines:
-        (folder / f"{machine.name}.yaml").write_text(topology.accelerate_config(cluster, machine), encoding="utf-8")
+        path = folder / f"{machine.name}.yaml"
+        if path.exists() and topology.MADE_BY not in path.read_text(encoding="utf-8", errors="replace"):
+            raise UserError(f"{path} is there already, and not by this program; name another --output-dir")
+        path.write_text(topology.accelerate_config(cluster, machine), encoding="utf-8")
     if cluster.wireguard:
         write_overlay(cluster, topology.find_machine(cluster, config.machine), folder, keys)
     print_commands(cluster, Path(config.cluster), folder)
@@ -84,7 +87,10 @@ def write_overlay(cluster: topology.Cluster, own: topology.Machine, folder: Path
             "give the machine another name in cluster.yaml"
         )
     private = folder / f"{own.name}.key"
-    (folder / ".gitignore").write_text("*.key\n*.conf\n", encoding="utf-8")
+    ignored = folder / ".gitignore"
+    if not ignored.exists() or "*.key" not in ignored.read_text().splitlines():
+        with open(ignored, "a", encoding="utf-8") as file:
+            file.write("*.key\n*.conf\n")
     topology.make_key(private, keys / f"{own.name}.pub")
     (folder / f"{own.name}.nft").write_text(topology.firewall(cluster, own), encoding="utf-8")
     public_keys = topology.read_public_keys(cluster, keys)
@@ -118,7 +124,7 @@ def print_commands(cluster: topology.Cluster, path: Path, folder: Path) -> None:
         print(f"# on {machine.name}")
         print(f"accelerate launch --config_file {config_file} scripts/train.py {flags}")
     print()
-    print("# or, the same line on each machine")
+    print("# from the folder of the program, as all of these; or, the same line on each machine")
     print(f"p2p-llm-forge --cluster {quoted} {flags}")
     if len(cluster.machines) > 1:
         print("# or all of them from here, over ssh")

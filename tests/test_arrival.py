@@ -23,7 +23,8 @@ def machines(free_port, monkeypatch):
     """Starts the parts of machines; returns those that are running, by name."""
     monkeypatch.setattr(arrival, "ASK_SECONDS", 0.1)
     monkeypatch.setattr(arrival, "STEADY_SECONDS", 0.1)
-    monkeypatch.setattr(arrival, "FATAL_SECONDS", 0.5)
+    monkeypatch.setattr(arrival, "FATAL_SECONDS", 1.5)
+    monkeypatch.setattr(arrival, "SETTLE_SECONDS", 0.3)
     monkeypatch.setattr(arrival, "FRESH_SECONDS", 2.0)
     with pytest.MonkeyPatch.context() as patch:  # Linux has all of 127.0.0.0/8 on lo, but lists one address
         nics = {"lo": [type("Address", (), {"address": address}) for address in ADDRESSES.values()]}
@@ -144,6 +145,58 @@ def test_an_address_of_another_machine_and_a_taken_port_are_named(machines, free
         until(lambda: all(text in str(each.problems()) for each in found.values()), 10, "all name the port")
     lost = Arrival("alice", {**ADDRESSES, "alice": "192.0.2.7"}, free_port, "the same")
     assert "192.0.2.7 is none of its addresses (none)" in lost._find_own()[2]
+
+
+def test_a_machine_that_ends_tells_why_and_the_others_end_with_it(machines):
+    found = machines("alice", "bob", "carol")
+    until(lambda: len(found["bob"]._fresh()) == 3, 5, "they meet")
+    found["bob"]._me["facts"] = {}  # it is still looking at its data, which turns out to be none
+    found["bob"].tell("looking at its data")
+    outcomes = []
+    others = {name: found[name] for name in ("alice", "carol")}
+    thread = threading.Thread(target=lambda: outcomes.append(wait_for_all(others)[0]))
+    thread.start()
+    found["bob"].leave("--dataset-path corpus: the folder holds no file of a known kind")
+    thread.join()
+    for outcome in outcomes[0].values():
+        assert not outcome.complete
+        expected = "bob: --dataset-path corpus: the folder holds no file of a known kind"
+        assert expected in [problem.text for problem in outcome.problems]
+
+
+def record(**changes) -> dict:
+    """What bob might say."""
+    bob = Arrival("bob", ADDRESSES, 1, "the same")
+    bob.tell(facts={"versions": {"torch": "2"}})
+    return json.loads(bob._message())["records"][0] | changes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"facts": {"host": "\x1b]0;owned\x07"}},
+        {"facts": {"versions": {"torch\x1b[31m": 1}}},
+        {"doing": "\x1b[2J"},
+        {"clocks": {"alice": 10**400}},
+        {"clocks": {"alice": "late"}},
+        {"facts": {"x": "y" * 20_000}},
+        {"name": "mallory"},
+        {"name": 7},
+        {"ways": {"alice": ["x"]}},
+    ],
+)
+def test_a_record_that_is_too_large_or_cannot_be_printed_is_left_out(changes):
+    alice = Arrival("alice", ADDRESSES, 1, "the same")
+    alice._merge({"records": [record(**changes)]})
+    assert list(alice._fresh()) == ["alice"]
+    alice._merge({"records": [record()] * 1000})
+    assert list(alice._fresh()) == ["alice", "bob"]
+
+
+def test_facts_of_another_form_end_the_check_with_a_sentence():
+    alice = Arrival("alice", ADDRESSES, 1, "the same", lambda facts: [facts["bob"]["no such fact"]])
+    alice._merge({"records": [record()]})
+    assert any("tells facts of another form" in problem.text for problem in alice.problems())
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

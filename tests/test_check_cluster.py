@@ -3,9 +3,12 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from conftest import TINY, until
 from test_faults import shape
@@ -23,7 +26,9 @@ netns = pytest.mark.netns
 def check(start, tmp_path):
     """Starts the check on machines of a rig; returns how it ended on each."""
 
-    def check(machines, *flags, addresses=ADDRESSES, names=None, words=None, hosts_files=None, wait=True) -> list:
+    def check(
+        machines, *flags, addresses=ADDRESSES, names=None, words=None, own_flags=None, hosts_files=None, wait=True
+    ) -> list:
         text = "".join(f"  - {{name: {name}, address: {address}}}\n" for name, address in addresses.items())
         (tmp_path / "cluster.yaml").write_text(f"name: lab\ndevice: cpu\nmachines:\n{text}")
         running = []
@@ -34,7 +39,8 @@ def check(start, tmp_path):
                 script = 'mount --bind "$0" /etc/hosts && exec "$@"'
                 prefix += ["unshare", "--mount", "sh", "-c", script, str(tmp_path / f"hosts{n}")]
             command = (words or {}).get(n, CHECK)
-            running.append(start([*command, tmp_path / "cluster.yaml", "--machine", name, *flags], prefix=prefix))
+            command = [*command, tmp_path / "cluster.yaml", "--machine", name, *flags, *(own_flags or {}).get(n, [])]
+            running.append(start(command, prefix=prefix))
         return [each.finish(120) for each in running] if wait else running
 
     return check
@@ -52,6 +58,13 @@ def filter_port(machines, verdict: str) -> None:
     on(machines, 1, "nft", f"add rule ip t c ip saddr 10.77.0.2 tcp dport 29500 {verdict}")
 
 
+def drop_large(machines) -> None:
+    """What a tunnel with a smaller MTU does whose word about it is filtered."""
+    on(machines, 1, "nft", "add table ip t")
+    on(machines, 1, "nft", "add chain ip t c { type filter hook input priority 0 ; }")
+    on(machines, 1, "nft", "add rule ip t c ip saddr 10.77.0.2 ip length > 600 drop")
+
+
 def cases() -> dict:
     """Name of the fault -> (what is done to two machines, options of the check, what each of them must say)."""
     no_name = {"addresses": {"alice": "alice.lab", "bob": "10.77.0.2"}, "hosts_files": ["10.77.0.1 alice.lab", ""]}
@@ -61,7 +74,10 @@ def cases() -> dict:
         "route": (
             lambda m: on(m, 2, "ip", "route", "add", "unreachable", "10.77.0.1/32"),
             {},
-            ["bob (10.77.0.2) is missing: alice finds no answer", "alice (10.77.0.1) is missing: bob finds no way to"],
+            [
+                "bob (10.77.0.2) is missing: alice finds no answer",
+                "alice (10.77.0.1) is missing: bob finds no route to 10.77.0.1: the route table of bob has none",
+            ],
         ),
         "refused port": (
             lambda m: filter_port(m, "reject with tcp reset"),
@@ -72,6 +88,26 @@ def cases() -> dict:
             lambda m: filter_port(m, "drop"),
             {},
             ["from bob to alice: no answer at its port 29500, though it is there: a firewall on the way"] * 2,
+        ),
+        "prohibited port": (
+            lambda m: filter_port(m, "reject with icmp admin-prohibited"),
+            {},
+            ["from bob to alice: its port 29500 rejected, though it is there: a firewall on the way"] * 2,
+        ),
+        "large packets dropped": (
+            lambda m: drop_large(m),
+            {},
+            ["port 29500 open, but nothing comes back: packets of full size do not pass (MTU)"] * 2,
+        ),
+        "other flags": (
+            None,
+            {"own_flags": {2: ["--batch-size", "8"]}},
+            ["bob has --batch-size 8, alice has 32: type the same line on each machine"] * 2,
+        ),
+        "a mistake on one machine": (
+            None,
+            {"own_flags": {2: ["--output-dir", "/etc/passwd/runs"]}},
+            ["--output-dir /etc/passwd/runs: /etc/passwd is no folder that can be written to"] * 2,
         ),
         "wrong main address": (None, wrong, ["alice: 10.77.0.9 is none of its addresses (10.77.0.1)"] * 2),
         "port taken": (
@@ -114,18 +150,23 @@ def test_a_broken_network_is_named_with_its_machine_on_all(check, hosts, table, 
     machines = hosts(len(options.get("names", ADDRESSES)))
     if disturb:
         disturb(machines)
-    running = check(machines, wait=False, **options)
-    for each, text in zip(running, expected, strict=True):
-        until(
-            lambda each=each, text=text: re.search(text if "\\" in text else re.escape(text), each.log.read_text()),
-            20,
-            f"{fault}: {text}\n" + "\n=====\n".join(each.log.read_text() for each in running),
-        )
-        table.add(f"check_cluster: {fault}", "named with its machine, on all machines", 0)
-    if fault in ("one number twice", "wrong main address", "port taken", "library version"):
-        assert [each.finish(60).code for each in running] == [1] * len(running), "it ends by itself"
-    for each in running:
-        each.kill()
+    running = check(machines, "--timeout", 11, wait=False, **options)
+    begun = time.monotonic()
+    patterns = [re.compile(text if "\\" in text else re.escape(text)) for text in expected]
+
+    def named() -> bool:
+        return all(pattern.search(each.log.read_text()) for each, pattern in zip(running, patterns, strict=True))
+
+    logs = "\n=====\n".join(each.log.read_text() for each in running)
+    until(named, 20, f"{fault}: {expected}\n{logs}")
+    table.add(f"check_cluster: {fault}", "named with its machine, on all machines", time.monotonic() - begun)
+    for each, pattern in zip(running, patterns, strict=True):
+        ended = each.finish(90)
+        assert ended.code == (2 if "output-dir" in ended.output and each is running[1] else 1), ended.output
+        if ended.code == 1:
+            last = ended.output[ended.output.index("problem: ") :]
+            assert pattern.search(last), f"in the report too, whoever ends first: {ended.output}"
+            assert last.endswith("lab: not all is well\n")
 
 
 @netns
@@ -172,6 +213,28 @@ def test_a_machine_that_comes_late_is_taken_in_and_programs_can_read_the_report(
     assert here["tokens_per_second"] == pytest.approx(4 * 64 / here["seconds"])
     assert list(reports[0]["forecast"]["such_machines"]) == ["2", "4", "8", "16", "32", "64"]
     assert reports[0]["forecast"]["such_machines"]["8"] is None, "four sequences are too few for eight machines"
+
+
+@netns
+@pytest.mark.faults
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, "cut"])
+def test_a_machine_that_is_lost_while_it_is_measured_ends_the_others_with_a_report(check, hosts, table, how):
+    machines = hosts(2)
+    alice, bob = check(machines, *FORECAST, wait=False)
+    until(lambda: "2 of 2 machines are here" in bob.log.read_text(), 40, "they meet")
+    time.sleep(3)
+    begun = time.monotonic()
+    if how == "cut":
+        machines.cut(2)
+    else:
+        psutil.Process(bob.process.pid).send_signal(how)
+    ended = alice.finish(90)
+    table.add(f"check_cluster: {how} in the measuring", "the other ends with a report", time.monotonic() - begun)
+    assert ended.code in (1, 3), ended.output
+    assert "bob" in ended.output[ended.output.index("here: alice, bob") + 20 :], ended.output
+    assert "newest checkpoint" not in ended.output
+    assert "Traceback" not in bob.log.read_text()
+    bob.kill()
 
 
 @netns

@@ -125,6 +125,14 @@ def test_all_mistakes_of_a_file_are_named_at_once(read):
             "machine 'y' has the address",
         ),
         ("name: a\nmachines: [{name: x, address: 0.0.0.0}]", "is no machine's address"),
+        ("name: a\nmachines: [{name: x, address: 999.1.1.1}]", "neither an IP address nor a host name"),
+        ("name: a\nmachines: [{name: x, address: h}]\nname: b", "'name' is given twice"),
+        ("name: a\nmachines: [{name: x, address: h}, {name: y, address: ip6-localhost}]", "reaches itself alone"),
+        (
+            "name: a\nmachines: [{name: x, address: 10.0.0.1}, {name: y, address: '::ffff:10.0.0.1'}]",
+            "2 machines have the address 10.0.0.1",
+        ),
+        ("name: a\nmachines: [{name: x, address: h}]\nwireguard: {subnet: 8.8.8.0/24}", "is not private"),
         ("name: a\nmachines: [{name: ../x, address: h}]", "expected a name of letters"),
         ("name: a\nmachines: [{name: x, address: h, rank: 1}]", "from 0 to 0, or none"),
         ("name: a\nmachines: [{name: x, address: h}]\nwireguard: {subnet: 10.0.0.5/24}", "host bits set"),
@@ -152,6 +160,19 @@ def test_this_machine_is_found_by_its_addresses(read, monkeypatch):
     monkeypatch.setattr(topology, "own_addresses", lambda: {"10.77.0.1", "10.77.0.2"})
     with pytest.raises(UserError, match="at once; give --machine NAME"):
         topology.find_machine(cluster, "auto")
+
+
+def test_a_machine_behind_a_router_is_found_by_its_address_in_the_private_network(read, monkeypatch):
+    monkeypatch.setattr(topology, "own_addresses", lambda: {"127.0.0.1", "192.168.1.5", "10.88.0.2"})
+    assert topology.find_machine(read(f"{LAB}wireguard: {{subnet: 10.88.0.0/24}}"), "auto").name == "bob"
+
+
+def test_files_that_are_not_its_own_stay(tmp_path):
+    """A machine's YAML would have the name of another file, cluster.yaml itself among them; .gitignore grows."""
+    (tmp_path / "cluster.yaml").write_text("name: a\nmachines: [{name: cluster, address: 10.77.0.1}]")
+    ended = make_configs(tmp_path / "cluster.yaml", "--output-dir", tmp_path)
+    assert (ended.returncode, "is there already, and not by this program" in ended.stderr) == (2, True)
+    assert (tmp_path / "cluster.yaml").read_text().startswith("name: a")
 
 
 def make_configs(*flags, prefix=()) -> subprocess.CompletedProcess:
@@ -189,6 +210,14 @@ def test_a_wizards_yaml_is_told_what_is_wrong_with_it(tmp_path):
         ("num_processes: 2\nfsdp_config: {fsdp_version: 2}", ["fsdp_config is given, but not used"]),
         ("num_processes: 2\nmixed_precision: fp8", ["mixed_precision is fp8"]),
         ("num_machines: 1", ["num_processes is missing"]),
+        ('num_processes: "4"', ["num_processes is '4', expected a whole number"]),
+        ("num_processes: 2\nmachine_rank:", ["machine_rank is None, expected a whole number"]),
+        ("num_processes: 2\nnum_machines: 0", ["num_machines is 0, expected 1 or more"]),
+        ("num_processes: 2\ndynamo_config: foo", ["dynamo_config"]),
+        ("num_processes: 2\nmain_process_port: 99999", ["main_process_port is 99999"]),
+        ("num_processes: 2\nnum_machines: 2\nmain_process_ip: 10.0.0.1:29500", ["without a port"]),
+        ("num_processes: 2\nnum_machines: 2\nmain_process_ip: 0.0.0.0", ["no machine's address"]),
+        ("num_processes: 2\nmixed_precision: fp16", ["which needs GPUs"]),
     ],
 )
 def test_each_mistake_of_an_accelerate_yaml_is_named(tmp_path, text, messages):
