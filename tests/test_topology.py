@@ -215,7 +215,7 @@ def test_a_wizards_yaml_is_told_what_is_wrong_with_it(tmp_path):
         ("num_processes: 2\nnum_machines: 0", ["num_machines is 0, expected 1 or more"]),
         ("num_processes: 2\ndynamo_config: foo", ["dynamo_config"]),
         ("num_processes: 2\nmain_process_port: 99999", ["main_process_port is 99999"]),
-        ("num_processes: 2\nnum_machines: 2\nmain_process_ip: 10.0.0.1:29500", ["without a port"]),
+        ("num_processes: 2\nnum_machines: 2\nmain_process_ip: 10.0.0.1:29500", ["without port and brackets"]),
         ("num_processes: 2\nnum_machines: 2\nmain_process_ip: 0.0.0.0", ["no machine's address"]),
         ("num_processes: 2\nmixed_precision: fp16", ["which needs GPUs"]),
     ],
