@@ -156,6 +156,11 @@ class Peers:
             self._wait_for({rank: f"met/{name}/{rank}" for rank in range(self.world.num_processes)}, HANG_SECONDS)
         return time.monotonic() - start
 
+    def check(self) -> None:
+        """Raises what has ended the run for all, where anything has; cheap, for waits of another kind."""
+        if self._verdict:
+            raise self._as_error(self._verdict)
+
     def post(self, key: str, text: str) -> None:
         """Leaves a text under a key for all; the first one that is left stays."""
         if self.world.num_processes == 1:

@@ -21,10 +21,11 @@ import signal
 import socket
 import statistics
 import sys
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from datetime import timedelta
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,17 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from forge_lib import batches, cluster, corpus, forecast, links, topology
+from forge_lib import batches, cluster, control, corpus, forecast, links, topology
 from forge_lib import model as models
 from forge_lib.arrival import Arrival, Outcome, Problem
 from forge_lib.config import TrainConfig, UserError, World, flag, flag_name, parse_config
-from forge_lib.peers import PeerLostError, Peers, Stopped, one_message, open_store
+from forge_lib.peers import PeerLostError, Peers, Stopped, one_message
 
 ALL_REDUCE_BYTES = (1 << 16, 1 << 20, 1 << 23)
 FACTS = {"host", "address", "interface", "system", "versions", "processes", "device", "cores", "memory_bytes"}
 FACTS |= {"free_bytes", "dataset", "flags", "is_public"}
 SILENT_SECONDS, START_SECONDS = 15, 30  # a machine that has come, and says nothing for so long, is lost
 LEAVE_SECONDS = 1.0
-MODEL_SECONDS = 1800  # the longest that loading and measuring a model may take
 NETWORK_PART = 0.2  # of a step, from which on the network is worth a word
 QUICK_SECONDS = 2.0  # an all-reduce that takes longer is done once, and no larger one follows
 GROUP_SECONDS = 120
@@ -234,16 +234,25 @@ def measure(
         report["links"] = measure_links([machine.name for machine in group.machines], agreement, world, peers)
         broken = [link for link in report["links"] if "error" in link]
         report["problems"] += [Problem(link["to"], describe_broken(link, group.port), "way") for link in broken]
-        if several and not broken:
-            report["all_reduce_seconds"] = measure_all_reduce(world, peers, agreement.backend, device)
-        if config.model_name and not broken:
-            mine = measure_model(config, own.processes, device, agreement.mixed_precision, peers)
-            found = [each for facts in peers.exchange({"found": mine}, "speeds") for each in facts["found"]]
-            speeds = [forecast.Speed(**each["speed"]) for each in found]
-            network = forecast.Network(0.0, math.inf)
-            if several:
-                network = forecast.fit_network(len(group.machines), report["all_reduce_seconds"])
-            report["forecast"] = make_forecast(config, len(group.machines), shares, speeds, found[0]["sizes"], network)
+        if not broken:
+            first = sum(
+                machine.processes for machine in group.machines[: own.rank]
+            )  # rank of this machine's first one
+            ranks = range(first, first + own.processes)
+            with Workers(ranks, group, device, agreement, peers) as workers:
+                if group.num_processes > 1:
+                    report["all_reduce_seconds"] = workers.run("measuring all-reduces", measure_all_reduce)[0]
+                if config.model_name:
+                    mine = workers.run("measuring the model", measure_model, config)
+            if config.model_name:
+                found = [each for facts in peers.exchange({"found": mine}, "speeds") for each in facts["found"]]
+                speeds = [forecast.Speed(**each["speed"]) for each in found]
+                network = forecast.Network(0.0, math.inf)
+                if group.num_processes > 1:
+                    network = forecast.fit_network(group.num_processes, report["all_reduce_seconds"])
+                report["forecast"] = make_forecast(
+                    config, len(group.machines), shares, speeds, found[0]["sizes"], network
+                )
         peers.meet("end")
         if world.process_index:
             peers.post(f"leaves/{world.process_index}", "yes")
@@ -295,90 +304,138 @@ def describe_broken(link: dict, port: int) -> str:
     )
 
 
-def measure_all_reduce(world: World, peers: Peers, backend: str, device: str) -> dict[int, float]:
-    """Returns the seconds of an all-reduce over the process group that a run would form, by bytes; call on all."""
-    peers.say("joining the process group")
-    timeout = timedelta(seconds=GROUP_SECONDS)
-    ranks = {"rank": world.process_index, "world_size": world.num_processes}
-    dist.init_process_group(backend, store=open_store(world), timeout=timeout, **ranks)
-    found: dict[int, float] = {}
-    for size in ALL_REDUCE_BYTES:
-        peers.say(f"measuring an all-reduce of {size:,} bytes")
-        tensor = torch.zeros(size // 4, device=device)
-        seconds: list[float] = []
-        while len(seconds) < 5 and sum(seconds) < 2 * QUICK_SECONDS:
-            start = time.perf_counter()
-            dist.all_reduce(tensor)
-            tensor[0].item()  # waits for the GPU
-            slowest = torch.tensor([time.perf_counter() - start], device=device)
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)  # so that all stop at the same time
-            seconds.append(slowest.item())
-        found[size] = statistics.median(seconds[1:] or seconds)
-        if found[size] > QUICK_SECONDS and len(found) > 1:
-            break
-    dist.destroy_process_group()
-    return found
+@dataclass(frozen=True)
+class Place:
+    """What one of the processes of a run has to know; all fields can be sent to it."""
+
+    rank: int
+    num_processes: int
+    local_rank: int
+    num_local_processes: int
+    holds_store: bool
+    address: str
+    port: int
+    backend: str
+    device: str
+    mixed_precision: str
 
 
-def measure_model(config: CheckConfig, processes: int, device: str, mixed_precision: str, peers: Peers) -> list[dict]:
-    """Measures the training processes of this machine, all at once and while the other machines do; call on all.
+class Workers:
+    """The processes of this machine, as a run would have them; use it as a context manager, on all machines."""
 
-    Returns:
-        For each process the fields of forecast.Speed as `speed`, and the bytes of the model's parameters as `sizes`.
-    """
-    peers.say("loading the model")
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(processes + 1, timeout=MODEL_SECONDS)
-    with context.Pool(processes, _keep, (barrier,)) as pool:
-        places = [(config, number, processes, device, mixed_precision) for number in range(processes)]
-        found = pool.starmap_async(measure_process, places, chunksize=1)
+    def __init__(self, ranks: range, group: topology.Cluster, device: str, agreement: cluster.Agreement, peers: Peers):
+        main = (group.address(group.main), group.port, agreement.backend, device, agreement.mixed_precision)
+        alone = len(group.machines) == 1  # else the main machine's check holds the store
+        count = group.num_processes
+        self.places = [Place(r, count, n, len(ranks), alone and r == 0, *main) for n, r in enumerate(ranks)]
+        self.peers = peers
+
+    def __enter__(self):
+        self.peers.say("starting its processes")
+        context = multiprocessing.get_context("spawn")
+        self.ready = context.Barrier(len(self.places) + 1)
+        self.pool = context.Pool(len(self.places), _begin, (self.ready,))
+        return self
+
+    def __exit__(self, *_):
+        self.pool.terminate()
+
+    def run(self, what: str, call: Callable[..., dict], *args: Any) -> list[dict]:
+        """Makes a call in each process, with its place, at the same time on all machines; returns what they return."""
+        self.peers.say(what)
+        found = self.pool.map_async(_call_in_step, [(call, place, args) for place in self.places], chunksize=1)
+        while self.ready.n_waiting < len(self.places) and not found.ready():
+            self._look(found)
+        if not found.ready():  # else one has failed
+            self.peers.meet(what)
+            self.ready.wait()
+        while not found.ready():
+            self._look(found)
         try:
-            barrier.wait()
-            peers.say("measuring the model")
-            peers.meet("measure the model")
-            barrier.wait()
-        except threading.BrokenBarrierError:
-            pass  # a process has failed: `get` raises why
-        return found.get(MODEL_SECONDS)
+            return found.get()
+        except RuntimeError as error:  # of gloo, NCCL or the store
+            raise PeerLostError(f"{self.peers.host}: {what} has failed: {str(error).splitlines()[0]}") from None
+
+    def _look(self, found: AsyncResult) -> None:
+        found.wait(0.1)
+        self.peers.check()
 
 
-def _keep(barrier: Any) -> None:
-    """Keeps a barrier, which cannot be sent to a process that has begun."""
-    global _barrier
-    _barrier = barrier
+def _begin(ready: Any) -> None:
+    """Keeps what cannot be sent to a process that has begun; a process ends with the check."""
+    global _ready
+    _ready = ready
+    control.die_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all of a terminal; the check ends them
 
 
-def measure_process(config: CheckConfig, number: int, processes: int, device: str, mixed_precision: str) -> dict:
-    """Measures one of the training processes of this machine; runs in a process of its own."""
+def _call_in_step(task: tuple[Callable[..., dict], Place, tuple]) -> dict:
+    call, place, args = task
     try:
-        if device == "cuda":
-            torch.cuda.set_device(number)
+        if place.device == "cuda":
+            torch.cuda.set_device(place.local_rank)
         elif "OMP_NUM_THREADS" not in os.environ:  # as accelerate's launcher sets it
-            torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // processes))
-        run = TrainConfig(
-            model_name=config.model_name,
-            trust_remote_code=config.trust_remote_code,
-            from_scratch=True,  # as fast, and nothing is downloaded
-            dataset_path="-",
-            output_dir="-",
-        )
-        model = models.load_model(run, 0, config.sequence_length).to(device)
-        optimizers = models.build_optimizers(model, run)
-        _barrier.wait()
-        _barrier.wait()
+            torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // place.num_local_processes))
+        prepared = call(place, *args)
+        _ready.wait()
     except BaseException:
-        _barrier.abort()
+        _ready.abort()
         raise
-    speed = forecast.measure_speed(
-        model,
-        optimizers,
-        models.next_token_loss,
-        config.sequence_length,
-        config.micro_batch_size,
-        device,
-        mixed_precision,
+    return prepared()
+
+
+def measure_all_reduce(place: Place) -> Callable[[], dict[int, float]]:
+    """Joins the process group that a run would form; returns what measures the seconds of an all-reduce, by bytes."""
+    seconds = timedelta(seconds=START_SECONDS)
+    store = dist.TCPStore(place.address, place.port, None, place.holds_store, seconds, wait_for_workers=False)
+    ranks = {"rank": place.rank, "world_size": place.num_processes}
+    timeout = timedelta(seconds=GROUP_SECONDS)
+
+    def measure() -> dict[int, float]:
+        dist.init_process_group(place.backend, store=dist.PrefixStore("check", store), timeout=timeout, **ranks)
+        found: dict[int, float] = {}
+        for size in ALL_REDUCE_BYTES:
+            tensor = torch.zeros(size // 4, device=place.device)
+            seconds: list[float] = []
+            while len(seconds) < 5 and sum(seconds) < 2 * QUICK_SECONDS:
+                start = time.perf_counter()
+                dist.all_reduce(tensor)
+                tensor[0].item()  # waits for the GPU
+                slowest = torch.tensor([time.perf_counter() - start], device=place.device)
+                dist.all_reduce(slowest, dist.ReduceOp.MAX)  # so that all stop at the same time
+                seconds.append(slowest.item())
+            found[size] = statistics.median(seconds[1:] or seconds)
+            if found[size] > QUICK_SECONDS and len(found) > 1:
+                break
+        dist.destroy_process_group()
+        return found
+
+    return measure
+
+
+def measure_model(place: Place, config: CheckConfig) -> Callable[[], dict]:
+    """Loads the model; returns what measures it: the fields of forecast.Speed as `speed`, and `sizes`, the bytes of
+    its parameters.
+    """
+    run = TrainConfig(
+        model_name=config.model_name,
+        trust_remote_code=config.trust_remote_code,
+        from_scratch=True,  # as fast, and nothing is downloaded
+        dataset_path="-",
+        output_dir="-",
     )
-    return {"speed": dataclasses.asdict(speed), "sizes": [p.nbytes for p in model.parameters() if p.requires_grad]}
+    model = models.load_model(run, 0, config.sequence_length).to(place.device)
+    optimizers = models.build_optimizers(model, run)
+    sizes = [p.nbytes for p in model.parameters() if p.requires_grad]
+    lengths = (config.sequence_length, config.micro_batch_size)
+
+    def measure() -> dict:
+        speed = forecast.measure_speed(
+            model, optimizers, models.next_token_loss, *lengths, place.device, place.mixed_precision
+        )
+        return {"speed": dataclasses.asdict(speed), "sizes": sizes}
+
+    return measure
 
 
 # What follows from it
@@ -453,7 +510,7 @@ def make_forecast(
 def describe(config: CheckConfig, group: topology.Cluster, report: dict) -> str:
     """Returns the report as tables."""
     lines = ["", *describe_machines(report)]
-    if report.get("links"):
+    if report.get("links") or report.get("all_reduce_seconds"):
         lines += ["", *describe_links(group, report)]
     if "forecast" in report:
         lines += ["", *describe_forecast(config, report)]
@@ -504,7 +561,7 @@ def describe_links(group: topology.Cluster, report: dict) -> list[str]:
     lines = table(rows)
     if "all_reduce_seconds" in report:
         found = ", ".join(f"{size >> 10:,} KiB {s:.4f} s" for size, s in report["all_reduce_seconds"].items())
-        lines += ["", f"all-reduce over {len(group.machines)} machines, {report['backend']}: {found}"]
+        lines += ["", f"all-reduce over {group.num_processes} processes, {report['backend']}: {found}"]
     return lines
 
 
