@@ -222,10 +222,8 @@ def measure(
         precision = group.mixed_precision if config.mixed_precision == "auto" else config.mixed_precision
         run = TrainConfig(model_name="-", dataset_path="-", output_dir="-", mixed_precision=precision)
         peers.say("measuring its speed")
-        facts = cluster.local_facts(run, world, device) | {
-            "host": own.name,
-            "copy_bandwidth": forecast.copy_bandwidth(device),
-        }
+        facts = cluster.local_facts(run, world, device) | {"host": own.name}
+        facts["copy_bandwidth"] = forecast.copy_bandwidth(device)
         agreement = cluster.agree(peers.exchange(facts), run)
         for machine, peer in zip(group.machines, agreement.peers, strict=True):
             report["machines"][machine.name] |= {name: peer[name] for name in ("flops", "copy_bandwidth")}
@@ -235,10 +233,8 @@ def measure(
         broken = [link for link in report["links"] if "error" in link]
         report["problems"] += [Problem(link["to"], describe_broken(link, group.port), "way") for link in broken]
         if not broken:
-            first = sum(
-                machine.processes for machine in group.machines[: own.rank]
-            )  # rank of this machine's first one
-            ranks = range(first, first + own.processes)
+            first = sum(machine.processes for machine in group.machines[: own.rank])
+            ranks = range(first, first + own.processes)  # of this machine's processes
             with Workers(ranks, group, device, agreement, peers) as workers:
                 if group.num_processes > 1:
                     report["all_reduce_seconds"] = workers.run("measuring all-reduces", measure_all_reduce)[0]
