@@ -166,14 +166,17 @@ class Arrival:
             time.sleep(0.1)
 
     def leave(self, mistake: str = "") -> None:
-        """Tells the others that this machine ends the check, and why; they end it too, and know the same."""
+        """Tells the others that this machine ends the check, and why; they end it too, and know the same.
+
+        A mistake is told to those too that come within seconds: machines are seldom started at the same time.
+        """
         with self._lock:
             self._mistakes += [mistake] if mistake else []
             self._me["left"] = True
         left = time.monotonic()
-        fresh = self._fresh()
-        while time.monotonic() - left < LEAVE_SECONDS:
-            if all(self._answered.get(other, 0.0) > left for other in self.others if other in fresh):
+        who = self.others if mistake else [other for other in self.others if other in self._fresh()]
+        while time.monotonic() - left < (FRESH_SECONDS if mistake else LEAVE_SECONDS):
+            if all(self._answered.get(other, 0.0) > left for other in who):
                 return
             time.sleep(0.05)
 
