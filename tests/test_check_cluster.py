@@ -173,16 +173,16 @@ def test_a_broken_network_is_named_with_its_machine_on_all(check, hosts, table, 
 @pytest.mark.faults
 @pytest.mark.timeout(400)
 def test_the_bandwidth_of_a_link_is_right_within_15_percent(check, hosts, table):
-    """Of three machines, whose links have 20, 100 and 1000 Mbit/s; a link has the smaller of its two ends'."""
-    machines = hosts(3)
-    rates = {"alice": 20, "bob": 100, "carol": 1000}
+    """Of four machines with 20, 100 and twice 1000 Mbit/s; a link has the smaller of its two ends'."""
+    machines = hosts(4)
+    rates = {"alice": 20, "bob": 100, "carol": 1000, "dave": 1000}
     for n, rate in enumerate(rates.values(), 1):
         shape(machines, n, f"{rate}mbit")
-    first, *_ = check(machines, "--json", addresses={**ADDRESSES, "carol": "10.77.0.3"})
+    first, *_ = check(machines, "--json", addresses={**ADDRESSES, "carol": "10.77.0.3", "dave": "10.77.0.4"})
     assert first.code == 0, first.output
     report = json.loads(first.output[first.output.index("{\n") :])
     found = {(link["from"], link["to"]): 8 * link["bytes_per_second"] / 1e6 for link in report["links"]}
-    assert len(found) == 6
+    assert len(found) == 12
     for (a, b), megabits in found.items():
         expected = min(rates[a], rates[b])
         table.add(f"check_cluster: link of {expected} Mbit/s", f"measured {megabits:.1f} Mbit/s", 0)
