@@ -52,16 +52,12 @@ Tensors = dict[str, dict[str, torch.Tensor]]  # by file, by name
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended: with a path, or with an error; with both where older checkpoints could not be deleted.
-
-    `seconds` is its whole time, `copy_seconds` what the caller waited for the copy into memory.
-    """
+    """How a save ended: with a path, or with an error; with both where older checkpoints could not be deleted."""
 
     step: int
     path: Path | None
     error: str
     seconds: float
-    copy_seconds: float
 
 
 @dataclass(frozen=True)
@@ -88,16 +84,19 @@ class Saver:
             folder: the run's `checkpoints` folder, made when it is needed. No other process writes there.
             keep: how many checkpoints stay, at least 1: the newest of those up to the one just written.
             keep_best: and the one of them whose state has the lowest `eval_loss`.
-            background: whether `save` returns once the tensors are copied; else when they are on disk.
+            background: whether `save` returns at once; else when all is on disk.
         """
         self.folder, self.keep, self.keep_best, self.background = folder, keep, keep_best, background
-        self._buffers: Tensors = {}
+        self._copied: Future | None = None  # the last save's copy of the tensors; the next one takes its memory
         self._ended: list[Outcome] = []
         self._write: Future | None = None
         self.last_step = -1  # of the newest checkpoint that it has written
 
     def save(self, step: int, model: nn.Module, optimizers: list, state: dict) -> None:
         """Saves the tensors as they are now; waits for the save before it.
+
+        In the background they are copied first, while the caller goes on: call `wait_for_copy` before they change, and
+        a forward and backward pass can take place meanwhile (CheckFreq, Mohan et al., FAST 2021).
 
         Args:
             step: optimizer steps done.
@@ -112,9 +111,14 @@ class Saver:
             outcome = self._save(step, _on_cpu(tensors), text, start)
             self._ended.append(outcome)
             return
-        self._buffers = _copy(tensors, self._buffers)
-        copy_seconds = time.monotonic() - start
-        self._write = _in_thread(partial(self._save_quietly, step, text, start, copy_seconds))
+        buffers = self._copied.result() if self._copied else {}
+        self._copied = _in_thread(partial(_copy, tensors, buffers))
+        self._write = _in_thread(partial(self._save_quietly, step, text, start))
+
+    def wait_for_copy(self) -> None:
+        """Waits until the last save needs the model's and the optimizers' tensors no more."""
+        if self._copied is not None:
+            self._copied.result()
 
     def wait(self) -> None:
         """Waits until nothing is being written."""
@@ -134,10 +138,9 @@ class Saver:
         """
         self.wait()
         start = time.monotonic()
-        self._buffers = {}  # a child cannot rely on pinned memory
+        self._copied = None  # a child cannot rely on pinned memory
         text, tensors = _to_json({**state, "step": step}), _on_cpu(_tensors(model, optimizers))
-        copy_seconds = time.monotonic() - start
-        save = partial(self._save, step, tensors, text, start, copy_seconds)
+        save = partial(self._save, step, tensors, text, start)
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             _outlive(save, writing)
@@ -149,21 +152,22 @@ class Saver:
             outcome = Outcome(**json.loads(answer))
             outcome = Outcome(**asdict(outcome) | {"path": outcome.path and Path(outcome.path)})
         else:
-            outcome = Outcome(step, None, "the process that wrote it died", time.monotonic() - start, copy_seconds)
+            outcome = Outcome(step, None, "the process that wrote it died", time.monotonic() - start)
         self.last_step = step if outcome.path else self.last_step
         self._ended.append(outcome)
 
-    def _save_quietly(self, step: int, text: bytes, start: float, copy_seconds: float) -> None:
-        """Saves the buffers with what processor time training leaves."""
+    def _save_quietly(self, step: int, text: bytes, start: float) -> None:
+        """Saves the copy, once it is there, with what processor time training leaves."""
+        tensors = self._copied.result()
         if sys.platform == "linux":  # elsewhere a thread has no priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        outcome = self._save(step, self._buffers, text, start, copy_seconds)
+        outcome = self._save(step, tensors, text, start, together=False)  # a second core may be training's
         self._ended.append(outcome)  # `outcomes` may have put another list in its place meanwhile
 
-    def _save(self, step: int, tensors: Tensors, text: bytes, start: float, copy_seconds: float = 0.0) -> Outcome:
+    def _save(self, step: int, tensors: Tensors, text: bytes, start: float, together: bool = True) -> Outcome:
         path, error = None, ""
         try:
-            _write_checkpoint(self.folder, f"step-{step:08d}", tensors, text)
+            _write_checkpoint(self.folder, f"step-{step:08d}", tensors, text, together)
             path = self.folder / f"step-{step:08d}"
             self.prune(step)
         except (OSError, SafetensorError) as problem:
@@ -172,7 +176,7 @@ class Saver:
                 error = f"older ones could not be deleted: {error}"
             sweep(self.folder)
         self.last_step = step if path else self.last_step
-        return Outcome(step, path, error, time.monotonic() - start, copy_seconds)
+        return Outcome(step, path, error, time.monotonic() - start)
 
     def prune(self, step: int) -> None:
         """Deletes what need not stay; checkpoints newer than `step` were passed over, and do not count."""
@@ -396,13 +400,13 @@ def _copy(tensors: Tensors, buffers: Tensors) -> Tensors:
             if buffer is None or buffer.shape != t.shape or buffer.dtype != t.dtype:
                 buffer = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
             copies[file][name] = buffer.copy_(t, non_blocking=t.is_cuda)
-    if any(t.is_cuda for named in tensors.values() for t in named.values()):
-        torch.cuda.synchronize()
+    for device in {t.device for named in tensors.values() for t in named.values() if t.is_cuda}:
+        torch.cuda.synchronize(device)  # by its name: a new thread takes the first for its own
     return copies
 
 
-def _write_checkpoint(folder: Path, name: str, tensors: Tensors, text: bytes) -> None:
-    """Writes a checkpoint under a temporary name, flushes it to the disk, and renames it."""
+def _write_checkpoint(folder: Path, name: str, tensors: Tensors, text: bytes, together: bool) -> None:
+    """Writes a checkpoint under a temporary name, its files together or in turn, flushes it, and renames it."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         _flush(folder.parent)
@@ -410,7 +414,8 @@ def _write_checkpoint(folder: Path, name: str, tensors: Tensors, text: bytes) ->
     _remove(partial_path)
     partial_path.mkdir()
     writes = [partial(_write_tensors, partial_path / file, named) for file, named in tensors.items()]
-    hashes = _together([*writes, partial(_write_bytes, partial_path / "state.json", text)])
+    writes.append(partial(_write_bytes, partial_path / "state.json", text))
+    hashes = _together(writes) if together else [write() for write in writes]
     files = {
         file: {"bytes": (partial_path / file).stat().st_size, "sha256": sha256}
         for file, sha256 in zip((*tensors, "state.json"), hashes, strict=True)

@@ -188,6 +188,7 @@ def train(
             # An infinite gradient of finite losses is fp16's overflow, and the business of its gradient scaler.
             step_done = step + 1
             if math.isfinite(loss_sum) and (math.isfinite(grad_norm) or accelerator.scaler):
+                run.saver.wait_for_copy()  # of the weights, which change now
                 for optimizer in optimizers:
                     optimizer.step()
                 skipped = 0

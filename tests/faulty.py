@@ -5,10 +5,10 @@
     FAULTS='…' python tests/faulty.py p2p-llm-forge --num-nodes 2 … --output-dir …
 
 A fault happens when a process says (`Peers.say`) that it is doing what stands under `at`; `at: importing` is before it
-has met the others, `at: leaving` when it has met them for the last time, `at: finalizing` when Python ends, and `at:
-writing` when a checkpoint's tensors are written and its manifest is not. Where they are given it happens only in this
-`step` (from 1; the one that runs) and on this `rank`, and only once whatever is started again, where a path is given
-under `once`. A line `FAULT …` says so just before. What it does:
+has met the others, `at: leaving` when it has met them for the last time, `at: finalizing` when Python ends, `at:
+copying` when a checkpoint's tensors are about to be copied, `at: writing` when they are written and its manifest is
+not. Where they are given it happens only in this `step` (from 1; the one that runs) and on this `rank`, and only once
+whatever is started again, where a path is given under `once`. A line `FAULT …` says so just before. What it does:
 
     sleep (seconds), kill, stop (SIGSTOP), term, int (signals to itself), kill_launcher, term_launcher,
     kill_supervisor, raise, nan (this step's loss), weight (one is changed by 1e-3),
@@ -108,7 +108,7 @@ class Late:
 def inject(faults: Faults) -> None:
     """Changes forge_lib in this process."""
     say, leave, write_bytes = peers.Peers.say, peers.Peers.__exit__, checkpoint._write_bytes
-    next_token_loss, build_optimizers = models.next_token_loss, models.build_optimizers
+    next_token_loss, build_optimizers, copy = models.next_token_loss, models.build_optimizers, checkpoint._copy
 
     def faulty_say(self: peers.Peers, doing: str) -> None:
         say(self, doing)
@@ -117,6 +117,10 @@ def inject(faults: Faults) -> None:
     def faulty_exit(self: peers.Peers, *error) -> None:
         faults.at("leaving", self.step)
         leave(self, *error)
+
+    def faulty_copy(*args) -> checkpoint.Tensors:
+        faults.at("copying", 0)
+        return copy(*args)
 
     def faulty_write_bytes(path: Path, data: bytes) -> str:
         if path.name == "manifest.json":
@@ -131,7 +135,8 @@ def inject(faults: Faults) -> None:
         faults.parameters = [p for p in model.parameters() if p.requires_grad]
         return build_optimizers(model, *args)
 
-    peers.Peers.say, peers.Peers.__exit__, checkpoint._write_bytes = faulty_say, faulty_exit, faulty_write_bytes
+    peers.Peers.say, peers.Peers.__exit__ = faulty_say, faulty_exit
+    checkpoint._copy, checkpoint._write_bytes = faulty_copy, faulty_write_bytes
     models.next_token_loss, models.build_optimizers = faulty_next_token_loss, faulty_build_optimizers
 
 

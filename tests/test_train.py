@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from conftest import BIN, QUIET, SHORT, losses, processes, rows, wait_for_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from forge_lib import batches, corpus
+from forge_lib import batches, checkpoint, corpus
 from forge_lib.config import TrainConfig, parse_config
 from scripts import generate
 
@@ -88,6 +89,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, start, tmp_path, two_processes
     assert "resuming after step 25 of 50" in ended.output
     assert sha256(folder) == sha256(reference)
     assert losses(folder)[-25:] == losses(reference)[-25:]
+
+
+def test_weights_do_not_change_under_a_checkpoint_that_is_being_copied(train, run, tmp_path):
+    flags = [*FLAGS, "--max-steps", "4", "--checkpoint-every", "2"]
+    foreground, ended = train(*flags, "--no-checkpoint-async")
+    assert ended.code == 0, ended.output
+    faults = json.dumps([{"do": "sleep", "at": "copying", "seconds": 1}])
+    words = ["env", f"FAULTS={faults}", sys.executable, "tests/faulty.py", *flags, "--output-dir", tmp_path / "slow"]
+    ended = run(words)
+    assert ended.code == 0, ended.output
+    for file in checkpoint.TENSOR_FILES:
+        for step in ("step-00000002", "step-00000004"):
+            path = Path("checkpoints", step, file)
+            assert (tmp_path / "slow" / path).read_bytes() == (foreground / path).read_bytes()
 
 
 @pytest.mark.parametrize("how", ["file", "ctrl-c"])
