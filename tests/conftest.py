@@ -295,18 +295,19 @@ class FaultTable:
     """What was tried and what happened, for a person to read at the end."""
 
     def __init__(self):
-        self.rows: dict[tuple[str, str], list[float]] = {}
+        self.rows: dict[tuple[str, str], list[float | None]] = {}
 
-    def add(self, fault: str, happened: str, seconds: float) -> None:
-        """One trial: the time from the fault to what happened."""
+    def add(self, fault: str, happened: str, seconds: float | None = None) -> None:
+        """One trial: the time from the fault to what happened, where it was taken."""
         self.rows.setdefault((fault, happened), []).append(seconds)
 
     def lines(self) -> list[str]:
         """A Markdown table."""
         lines = ["| Fault | Times | What happened | Seconds |", "|---|---|---|---|"]
-        for (fault, happened), seconds in self.rows.items():
-            low, high = f"{min(seconds):.1f}", f"{max(seconds):.1f}"
-            lines.append(f"| {fault} | {len(seconds)} | {happened} | {low if low == high else f'{low} to {high}'} |")
+        for (fault, happened), trials in self.rows.items():
+            seconds = sorted(trial for trial in trials if trial is not None)
+            span = " to ".join(dict.fromkeys(f"{s:.1f}" for s in (*seconds[:1], *seconds[-1:]))) or "-"
+            lines.append(f"| {fault} | {len(trials)} | {happened} | {span} |")
         return lines
 
 

@@ -185,7 +185,7 @@ def test_the_bandwidth_of_a_link_is_right_within_15_percent(check, hosts, table)
     assert len(found) == 12
     for (a, b), megabits in found.items():
         expected = min(rates[a], rates[b])
-        table.add(f"check_cluster: link of {expected} Mbit/s", f"measured {megabits:.1f} Mbit/s", 0)
+        table.add(f"check_cluster: link of {expected} Mbit/s", f"measured {megabits:.1f} Mbit/s")
         assert megabits == pytest.approx(expected, rel=0.15), (a, b)
 
 

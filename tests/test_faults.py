@@ -237,8 +237,8 @@ def test_a_loss_that_is_not_finite_is_skipped_by_all_and_a_changed_weight_is_nam
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-00000005"]
     assert checkpoint.verify(folder / "step-00000005") is None
-    table.add("NaN loss on one rank", "all skip the step, weights unchanged", 0)
-    table.add("one weight changed by 1e-3 on one rank", "exit 4 at the next comparison, rank and host named", 0)
+    table.add("NaN loss on one rank", "all skip the step, weights unchanged")
+    table.add("one weight changed by 1e-3 on one rank", "exit 4 at the next comparison, rank and host named")
 
 
 def test_a_worker_that_is_told_to_stop_has_all_save_and_goes_on_to_the_same_weights(
@@ -261,7 +261,7 @@ def test_a_worker_that_is_told_to_stop_has_all_save_and_goes_on_to_the_same_weig
     assert f"resuming after step {step}" in ended.output
     final = undisturbed() / "final" / "model.safetensors"
     assert sha256(folder / "final" / "model.safetensors") == sha256(final)
-    table.add("SIGTERM to a worker", "all save, exit 0; resumed bit for bit", 0)
+    table.add("SIGTERM to a worker", "all save, exit 0; resumed bit for bit")
 
 
 def test_a_killed_process_ends_the_other_machine_with_its_name(rig, table):
@@ -366,7 +366,7 @@ def test_a_link_that_is_cut_for_five_seconds_only_pauses_the_run(rig, hosts, tmp
             throw_garbage(machines, 3, ["10.77.0.1", "10.77.0.2"])
     cluster.finish(running, 0, 0)
     assert "lost" not in cluster.output()
-    table.add("stranger sends garbage to all ports", "no effect", 0)
+    table.add("stranger sends garbage to all ports", "no effect")
     cluster.hold(undisturbed())
 
 
@@ -426,7 +426,7 @@ def test_the_run_goes_on_from_the_newest_checkpoint_that_any_machine_holds(rig, 
     assert f"machine2: checkpoint {newest} is passed over: model.safetensors is not the file" in ended[0].output
     assert f"resuming after step {int(newest[5:])}" in ended[0].output
     cluster.hold(undisturbed(num_processes=3))
-    table.add("main's folder gone, another's newest damaged", "newest fetched from the third, bit for bit", 0)
+    table.add("main's folder gone, another's newest damaged", "newest fetched from the third, bit for bit")
 
     # The newest is whole nowhere but on machine 1, which is away; machine 3 is one behind: 3 and 2 go on, 3 is main.
     for n in (1, 2, 3):
@@ -441,7 +441,7 @@ def test_the_run_goes_on_from_the_newest_checkpoint_that_any_machine_holds(rig, 
     cluster.no_process_is_left()
     expected = losses(undisturbed(num_processes=3))[int(older[5:]) :]
     assert losses(cluster.run_folder(3)) == pytest.approx(expected, rel=1e-4)
-    table.add("the same, two of three with another main", "older one taken, losses within 1e-4", 0)
+    table.add("the same, two of three with another main", "older one taken, losses within 1e-4")
 
 
 @netns
@@ -500,7 +500,7 @@ def test_workers_killed_at_twenty_random_steps_cost_nothing(rig, hosts, table, t
     assert len(marks) == 20
     for rank in (0, 1):
         count = sum(mark.rank == rank for mark in marks)
-        table.add(f"kill -9 of worker {rank} at random steps, --max-restarts", f"{count} times, bit for bit", 0)
+        table.add(f"kill -9 of worker {rank} at random steps, --max-restarts", f"{count} times, bit for bit")
     cluster.hold(undisturbed(num_steps))
 
 
@@ -586,7 +586,7 @@ def test_a_disk_that_is_full_read_only_or_gone_costs_checkpoints_alone(rig, host
             assert f"the checkpoint of step {step} was not written: " in ended[n - 1].output
         cluster.hold(undisturbed(45))
     for fault in ("full disk", "read-only disk", "checkpoint folder renamed", "file-size limit"):
-        table.add(f"{fault} on machine {n}", "training goes on, older ones whole, next save succeeds", 0)
+        table.add(f"{fault} on machine {n}", "training goes on, older ones whole, next save succeeds")
 
 
 def shape(machines, n: int, rate: str) -> None:
@@ -822,7 +822,7 @@ def test_a_slow_machine_and_a_save_above_the_time_out_are_no_lost_peers(rig, tab
     cluster.finish(running, 0, 0)
     seconds = [row["step_seconds"] for row in rows(cluster.run_folder(1))]
     table.add("one machine at 25 % of its time", f"steps of up to {max(seconds):.1f} s, bit for bit", sum(seconds))
-    table.add("save that takes longer than the time-out", "the others wait for it, bit for bit", TIMEOUT + 2)
+    table.add(f"save of {TIMEOUT + 2} s, longer than the time-out", "the others wait for it, bit for bit")
     table.add("a second run in the same folder", "exit 2, refused", second.seconds)
     cluster.hold(undisturbed())
 
