@@ -74,7 +74,8 @@ class Found:
 class Saver:
     """Writes this machine's checkpoints, one at a time, in the background.
 
-    A disk that is full, read-only or gone raises nothing: it is an outcome. The next save tries again.
+    A disk that is full, read-only or gone, or too little memory for the copy, raises nothing: it is an outcome. The
+    next save tries again.
     """
 
     def __init__(self, folder: Path, keep: int, keep_best: bool = False, background: bool = True):
@@ -84,7 +85,7 @@ class Saver:
             folder: the run's `checkpoints` folder, made when it is needed. No other process writes there.
             keep: how many checkpoints stay, at least 1: the newest of those up to the one just written.
             keep_best: and the one of them whose state has the lowest `eval_loss`.
-            background: whether `save` returns at once; else when all is on disk.
+            background: whether `save` returns while it copies and writes; else when all is on disk.
         """
         self.folder, self.keep, self.keep_best, self.background = folder, keep, keep_best, background
         self._copied: Future | None = None  # the last save's copy of the tensors; the next one takes its memory
@@ -95,8 +96,9 @@ class Saver:
     def save(self, step: int, model: nn.Module, optimizers: list, state: dict) -> None:
         """Saves the tensors as they are now; waits for the save before it.
 
-        In the background they are copied first, while the caller goes on: call `wait_for_copy` before they change, and
-        a forward and backward pass can take place meanwhile (CheckFreq, Mohan et al., FAST 2021).
+        In the background they are copied first. On a CPU a forward and backward pass can take place meanwhile: call
+        `wait_for_copy` before they change (CheckFreq, Mohan et al., FAST 2021). On a GPU the copy is waited for here,
+        since behind it in the queue may be an all-reduce that never ends.
 
         Args:
             step: optimizer steps done.
@@ -111,14 +113,16 @@ class Saver:
             outcome = self._save(step, _on_cpu(tensors), text, start)
             self._ended.append(outcome)
             return
-        buffers = self._copied.result() if self._copied else {}
+        buffers = self._copied.result() if self._copied and not self._copied.exception() else {}
         self._copied = _in_thread(partial(_copy, tensors, buffers))
         self._write = _in_thread(partial(self._save_quietly, step, text, start))
+        if any(p.device.type != "cpu" for p in model.parameters()):
+            self.wait_for_copy()
 
     def wait_for_copy(self) -> None:
         """Waits until the last save needs the model's and the optimizers' tensors no more."""
         if self._copied is not None:
-            self._copied.result()
+            wait([self._copied])
 
     def wait(self) -> None:
         """Waits until nothing is being written."""
@@ -158,7 +162,12 @@ class Saver:
 
     def _save_quietly(self, step: int, text: bytes, start: float) -> None:
         """Saves the copy, once it is there, with what processor time training leaves."""
-        tensors = self._copied.result()
+        try:
+            tensors = self._copied.result()
+        except (MemoryError, RuntimeError) as problem:  # torch raises the second
+            error = f"its tensors could not be copied in memory: {problem}"
+            self._ended.append(Outcome(step, None, error, time.monotonic() - start))
+            return
         if sys.platform == "linux":  # elsewhere a thread has no priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         outcome = self._save(step, tensors, text, start, together=False)  # a second core may be training's

@@ -6,9 +6,10 @@
 
 A fault happens when a process says (`Peers.say`) that it is doing what stands under `at`; `at: importing` is before it
 has met the others, `at: leaving` when it has met them for the last time, `at: finalizing` when Python ends, `at:
-copying` when a checkpoint's tensors are about to be copied, `at: writing` when they are written and its manifest is
-not. Where they are given it happens only in this `step` (from 1; the one that runs) and on this `rank`, and only once
-whatever is started again, where a path is given under `once`. A line `FAULT …` says so just before. What it does:
+copying` when a checkpoint's tensors are about to be copied, of whatever step, and `at: writing` when they are written
+and its manifest is not. Where they are given it happens only in this `step` (from 1; the one that runs) and on this
+`rank`, and only once whatever is started again, where a path is given under `once`. A line `FAULT …` says so just
+before. What it does:
 
     sleep (seconds), kill, stop (SIGSTOP), term, int (signals to itself), kill_launcher, term_launcher,
     kill_supervisor, raise, nan (this step's loss), weight (one is changed by 1e-3),

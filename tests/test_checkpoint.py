@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -160,13 +161,16 @@ def test_two_machines_write_the_same_bytes(tmp_path):
     assert find(tmp_path / "a").sha256 == find(tmp_path / "b").sha256 != ""
 
 
-def test_a_background_save_holds_the_moment_of_the_call(tmp_path):
+def test_a_background_save_holds_the_moment_of_the_call(tmp_path, monkeypatch):
+    begin, copy_tensors = threading.Event(), checkpoint._copy
+    monkeypatch.setattr(checkpoint, "_copy", lambda *args: begin.wait() and copy_tensors(*args))
     model, optimizers = trained_model()
     now = copy.deepcopy(model.state_dict())
     saver = checkpoint.Saver(tmp_path, keep=1)
     state = {"run": dict(RUN)}
     saver.save(2, model, optimizers, state)
     state["run"]["data"] = "y"
+    threading.Timer(0.2, begin.set).start()
     saver.wait_for_copy()
     for _ in range(20):
         step(model, optimizers)
@@ -177,6 +181,25 @@ def test_a_background_save_holds_the_moment_of_the_call(tmp_path):
     (outcome,) = saver.outcomes()
     assert outcome.path == tmp_path / number(2) and not outcome.error
     assert saver.outcomes() == []
+
+
+def test_too_little_memory_for_the_copy_costs_one_checkpoint_and_no_more(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't allocate memory")
+
+    model, optimizers = trained_model()
+    saver = checkpoint.Saver(tmp_path, keep=9)
+    for done in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            if done == 2:
+                patch.setattr(checkpoint, "_copy", refuse)
+            saver.save(done, model, optimizers, {"run": RUN})
+            saver.wait_for_copy()
+            saver.wait()
+    saver.save_outliving(4, model, optimizers, {"run": RUN})
+    assert names(tmp_path) == [number(1), number(3), number(4)]
+    errors = [outcome.error for outcome in saver.outcomes()]
+    assert "can't allocate memory" in errors.pop(1) and not any(errors)
 
 
 def test_background_saves_reuse_their_memory_and_follow_each_other(tmp_path):
