@@ -20,7 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from forge_lib import topology
+from forge_lib import overlay, topology
 from forge_lib.cluster import ARPHRD_NONE
 from forge_lib.config import UserError, flag, parse_config
 from forge_lib.peers import one_message
@@ -91,15 +91,15 @@ def write_overlay(cluster: topology.Cluster, own: topology.Machine, folder: Path
     if not ignored.exists() or "*.key" not in ignored.read_text().splitlines():
         with open(ignored, "a", encoding="utf-8") as file:
             file.write("*.key\n*.conf\n")
-    topology.make_key(private, keys / f"{own.name}.pub")
-    (folder / f"{own.name}.nft").write_text(topology.firewall(cluster, own), encoding="utf-8")
-    public_keys = topology.read_public_keys(cluster, keys)
+    overlay.make_key(private, keys / f"{own.name}.pub")
+    (folder / f"{own.name}.nft").write_text(overlay.firewall(cluster, own), encoding="utf-8")
+    public_keys = overlay.read_public_keys(cluster, keys)
     if missing := [machine.name for machine in cluster.machines if machine.name not in public_keys]:
         print(f"# {keys} has no public key of {', '.join(missing)} yet: run this there too, bring each machine's")
         print(f"# NAME.pub to all the others ({own.name}'s is {keys / f'{own.name}.pub'}), and run this again")
         return
     key, firewall = private.read_text().strip(), folder / f"{own.name}.nft"
-    text = topology.wireguard_config(cluster, own, key, public_keys, firewall)
+    text = overlay.wireguard_config(cluster, own, key, public_keys, firewall)
     path = folder / f"{own.name}.conf"
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT, SHORT, losses, rows
 from test_configs import answer_wizard
 
-from forge_lib import topology
+from forge_lib import overlay, topology
 from forge_lib.config import UserError
 
 LAB = """
@@ -266,7 +266,7 @@ def test_each_machine_makes_its_own_key_and_only_public_ones_are_collected(tmp_p
     assert "AllowedIPs = 10.88.0.2/32" in (tmp_path / "alice" / "alice.conf").read_text()
     (keys / "bob.pub").write_text((keys / "alice.pub").read_text())
     with pytest.raises(UserError, match="have the same key"):
-        topology.read_public_keys(topology.read_cluster(tmp_path / "cluster.yaml"), keys)
+        overlay.read_public_keys(topology.read_cluster(tmp_path / "cluster.yaml"), keys)
 
 
 @pytest.mark.netns
