@@ -1,20 +1,10 @@
-"""Text in any format -> documents -> a token store on disk.
-
-A token store is a folder:
-
-    tokens.bin      the tokens of all documents, each document followed by the end-of-text token (uint16 or uint32)
-    documents.bin   where each document begins in tokens.bin, and where the last one ends (uint64, documents + 1)
-    manifest.json   format version, tokenizer and source fingerprints, counts, size and sha256 of both files
-
-It does not depend on the sequence length, is read by memory map, and appears under its name only when it is complete.
-"""
+"""Text in any format -> documents -> a token store (forge_lib/token_store.py)."""
 
 import codecs
 import glob
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import sys
@@ -22,6 +12,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,88 +28,15 @@ from huggingface_hub.utils import HFValidationError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from forge_lib import disk
 from forge_lib.config import DataConfig, UserError
+from forge_lib.token_store import FORMAT_VERSION, Progress, TokenStore, is_store, open_store, stores_folder
 
-FORMAT_VERSION = 1
 KINDS = {"txt": "text", "md": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 COMPRESSIONS = ("gz", "zst")
 READ_BYTES = 1 << 18
 BATCH_CHARACTERS = 1 << 20  # a token under way takes about 100 bytes of memory
-HASH_BYTES = 1 << 20
-MANIFEST_BYTES = 1 << 24
 LINE_SECONDS = 10.0
-
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class TokenStore:
-    """A token store on disk; its arrays are memory maps.
-
-    Attributes:
-        folder: where it lies.
-        manifest: the content of manifest.json.
-        tokens: [num_tokens] uint16 or uint32.
-        documents: [num_documents + 1] uint64, where in `tokens` each document begins and the last one ends.
-        seen: file name -> what tells that the file is still the one that was opened.
-    """
-
-    folder: Path
-    manifest: dict
-    tokens: np.ndarray
-    documents: np.ndarray
-    seen: dict[str, tuple]
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over the tokens and the document offsets: equal stores, wherever they were made, have equal ones."""
-        files = self.manifest["files"]
-        return hashlib.sha256("".join(files[name]["sha256"] for name in sorted(files)).encode()).hexdigest()
-
-    def check_unchanged(self) -> None:
-        """Checks that the files are those that were opened; cheap, to be called before each read of the arrays.
-
-        Reading a memory map of a truncated file kills the process with SIGBUS, and no error can be caught then. A file
-        of the right size that has been written or replaced is hashed again, once.
-
-        Raises:
-            UserError: naming the file that is gone, truncated or changed.
-        """
-        for name, facts in self.manifest["files"].items():
-            path, expected = self.folder / name, facts["bytes"]
-            cure = "while the run was reading it; restore it and start again: the run goes on from its last checkpoint"
-            try:
-                found = _identity(path)
-                if found == self.seen[name]:
-                    continue
-                if found[0] != expected:
-                    how = "truncated" if found[0] < expected else "changed"
-                    raise UserError(f"{path} was {how} {cure} ({found[0]} bytes, expected {expected})")
-                if _sha256(path) != facts["sha256"]:
-                    raise UserError(f"{path} was changed {cure} ({expected} bytes as before, but another sha256)")
-            except OSError as error:
-                raise UserError(f"{path} was taken away {cure} ({error.strerror})") from None
-            self.seen[name] = found
-
-
-def is_store(path: str | Path) -> bool:
-    """Tells whether `path` is a complete token store."""
-    return (Path(path).expanduser() / "manifest.json").is_file()
-
-
-def received_folder(fingerprint: str) -> Path:
-    """Returns where a token store of this fingerprint lies that has come from a peer.
-
-    Raises:
-        UserError: the peer's fingerprint is no sha256.
-    """
-    if not re.fullmatch("[0-9a-f]{64}", fingerprint):
-        raise UserError(f"{fingerprint!r:.99} is no fingerprint of a token store")
-    return _stores_folder() / f"received-{fingerprint[:16]}"
-
-
-def _stores_folder() -> Path:
-    return Path(datasets.config.HF_DATASETS_CACHE) / "token_stores"
 
 
 def is_here(dataset_path: str) -> bool:
@@ -143,139 +61,8 @@ def content_fingerprint(dataset_path: str) -> str:
         return ""
     digest = hashlib.sha256()
     for path, _ in _find_source(DataConfig(dataset_path=dataset_path)).files:
-        digest.update(path.name.encode() + b"\0" + bytes.fromhex(_sha256(path)))
+        digest.update(path.name.encode() + b"\0" + bytes.fromhex(disk.sha256(path)))
     return digest.hexdigest()
-
-
-def open_store(folder: str | Path) -> TokenStore:
-    """Opens a token store by memory map.
-
-    Raises:
-        UserError: the manifest is not one of ours, of a newer format, or does not fit the files beside it.
-    """
-    folder = Path(folder).expanduser()
-    manifest = _read_manifest(folder)
-    dtype = np.dtype(manifest["dtype"])
-    num_tokens, num_documents = manifest["num_tokens"], manifest["num_documents"]
-    fitting = {"tokens.bin": num_tokens * dtype.itemsize, "documents.bin": (num_documents + 1) * 8}
-    seen = {}
-    for name, size in fitting.items():
-        path, stated = folder / name, manifest["files"][name]["bytes"]
-        if path.is_file():  # or a link to one
-            seen[name] = _identity(path)
-        found = seen[name][0] if name in seen else 0
-        if found != stated or stated != size:
-            raise UserError(f"{path} has {found} bytes, its manifest says {stated}; make the store again")
-    return TokenStore(
-        folder=folder,
-        manifest=manifest,
-        tokens=np.memmap(folder / "tokens.bin", dtype=dtype, mode="r") if num_tokens else np.zeros(0, dtype),
-        documents=np.memmap(folder / "documents.bin", dtype=np.uint64, mode="r"),
-        seen=seen,
-    )
-
-
-def _read_manifest(folder: Path) -> dict:
-    """Reads a manifest and trusts nothing in it: all that the program uses of it has the right type afterwards."""
-    path = folder / "manifest.json"
-    try:
-        if not path.is_file() or path.stat().st_size > MANIFEST_BYTES:
-            raise ValueError(f"not a file of at most {MANIFEST_BYTES} bytes")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if _count(manifest["format_version"]) > FORMAT_VERSION:
-            raise UserError(
-                f"{folder}: token store of format {manifest['format_version']}, but this program reads up to "
-                f"{FORMAT_VERSION}; update it, or make the store again with scripts/prepare_data.py"
-            )
-        if manifest["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"dtype {manifest['dtype']!r}")
-        if set(manifest["files"]) != {"tokens.bin", "documents.bin"}:
-            raise ValueError(f"files {sorted(manifest['files'])}")
-        for facts in manifest["files"].values():
-            _count(facts["bytes"])
-            if not re.fullmatch("[0-9a-f]{64}", facts["sha256"]):
-                raise ValueError(f"sha256 {facts['sha256']!r}")
-        tokenizer = manifest["tokenizer"]
-        for count in (manifest["num_tokens"], manifest["num_documents"], manifest["num_text_bytes"]):
-            _count(count)
-        _count(tokenizer["vocab_size"])
-        if not isinstance(tokenizer["name"], str) or not isinstance(tokenizer["fingerprint"], str):
-            raise ValueError("tokenizer without a name or a fingerprint")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged ({error!r:.200}); make the store again") from None
-    return manifest
-
-
-def _count(value: int) -> int:
-    """Returns `value` if it is a count: an integer from 0, no bool, in 63 bits."""
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError(f"{value!r:.50} where a count is expected")
-    return value
-
-
-def verify_store(store: TokenStore, progress: Progress = lambda text: None) -> None:
-    """Reads all of a token store and compares it with its manifest; about 1.7 GB/s, and no memory to speak of.
-
-    `progress` is told now and then how far it is.
-
-    Raises:
-        UserError: naming the file whose content is not what the manifest says, or the document that ends before it
-            begins, and what to do.
-    """
-    cure = "copy the store again, or make it again with scripts/prepare_data.py"
-    files = store.manifest["files"]
-    total, done = sum(facts["bytes"] for facts in files.values()), 0
-
-    def advance(num_bytes: int) -> None:
-        nonlocal done
-        before, done = done, done + num_bytes
-        if 100 * before // total != 100 * done // total:
-            progress(f"verifying the token store: {100 * done // total} %")
-
-    for name, facts in files.items():
-        found = _sha256(store.folder / name, advance)
-        if found != facts["sha256"]:
-            raise UserError(
-                f"{store.folder / name} is damaged: its sha256 is {found[:12]}…, its manifest says "
-                f"{facts['sha256'][:12]}…; {cure}"
-            )
-    _check_offsets(store.folder / "documents.bin", store.manifest["num_tokens"], cure)
-
-
-def _check_offsets(path: Path, num_tokens: int, cure: str) -> None:
-    """Checks that documents begin at 0, never end before they begin, and end with the tokens."""
-    last, number = 0, 0
-    with open(path, "rb") as file:
-        while len(offsets := np.fromfile(file, np.uint64, HASH_BYTES // 8)):
-            if not number and offsets[0]:
-                raise UserError(f"{path}: the first document begins at token {offsets[0]}, expected 0; {cure}")
-            before = np.concatenate([np.asarray([last], np.uint64), offsets[:-1]])
-            if (wrong := np.flatnonzero(offsets < before)).size:
-                at = wrong[0]
-                raise UserError(
-                    f"{path}: entry {number + at} is {offsets[at]}, but the one before {before[at]}; {cure}"
-                )
-            last, number = int(offsets[-1]), number + len(offsets)
-    if last != num_tokens:
-        raise UserError(f"{path}: the last document ends at token {last}, expected {num_tokens}; {cure}")
-
-
-def _sha256(path: Path, advance: Callable[[int], None] = lambda num_bytes: None) -> str:
-    """The sha256 of a file; it is read, not mapped: a file that shrinks meanwhile does not kill the process."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(HASH_BYTES):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    """Returns (size in bytes, time of the last write, inode): equal as long as nobody has touched the file."""
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -317,15 +104,17 @@ def prepare_store(
         "options": {name: getattr(config, name) for name in ("sample_by", "text_column", "encoding_errors")},
     }
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-    folder = Path(folder) if folder else _stores_folder() / key[:16]
+    folder = Path(folder) if folder else stores_folder() / key[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if is_store(folder) and open_store(folder).manifest.get("made_from") == key:
-            return open_store(folder)
+        if is_store(folder):
+            with suppress(UserError):  # a damaged one is made again
+                if (store := open_store(folder)).manifest.get("made_from") == key:
+                    return store
         if folder.exists() and not is_store(folder) and any(folder.iterdir()):
             raise UserError(f"--output-dir {folder} holds other files; name an empty or a new folder")
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = disk.partial_path(folder)
+        disk.remove(partial)
         partial.mkdir()
         try:
             manifest = _write_store(partial, source, config, tokenizer, progress)
@@ -335,20 +124,9 @@ def prepare_store(
             raise
         manifest["made_from"] = key
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            _flush(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        _flush(folder.parent)
+        disk.flush_all(partial)
+        disk.place(folder)
     return open_store(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_tokenizer(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> TokenStore:
@@ -379,7 +157,7 @@ class _Source:
     def check_unchanged(self) -> None:
         """Raises UserError for a file that is no longer what it was."""
         for path, before in self.seen.items():
-            if not path.is_file() or _identity(path) != before:
+            if not path.is_file() or disk.identity(path) != before:
                 raise UserError(f"{path} was changed while it was tokenized; start again when it is complete")
 
 
@@ -401,7 +179,7 @@ def _find_source(config: DataConfig) -> _Source:
     else:
         return _find_hub_source(config)
     root = path if path.is_dir() else Path(".")
-    seen = {p: _identity(p) for p in paths}
+    seen = {p: disk.identity(p) for p in paths}
     names = [str(p.relative_to(root) if path.is_dir() else p.name) for p in paths]
     identity = [(name, *seen[p][:2]) for name, p in zip(names, paths, strict=True)]
     files = [(p, _kind(p)) for p in paths if seen[p][0]]

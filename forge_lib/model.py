@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from transformers import (
     get_scheduler,
 )
 
+from forge_lib import disk
 from forge_lib.config import ModelConfig, ModelNameConfig, OptimizationConfig, UserError
 
 IGNORED = -100  # the label that the loss leaves out
@@ -330,8 +330,8 @@ def save_final(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
         folder: is written whole under another name first, and takes the place of an older one.
         facts: what the model card says of the run.
     """
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = disk.partial_path(folder)
+    disk.remove(partial)
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(partial / "adapter")
         model = model.merge_and_unload()
@@ -342,5 +342,5 @@ def save_final(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
     lines += ["Trained with P2P-LLM-Forge, data-parallel, with HuggingFace Accelerate.", ""]
     lines += ["```json", json.dumps(facts, indent=2, ensure_ascii=False), "```"]
     (partial / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    disk.flush_all(partial)
+    disk.place(folder)

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from transformers import PreTrainedTokenizerBase
 
-from forge_lib import batches, checkpoint, cluster, control, corpus, transfer
+from forge_lib import batches, checkpoint, cluster, control, corpus, saver, transfer
 from forge_lib import model as models
 from forge_lib.config import TrainConfig, UserError, World, flag_name
 from forge_lib.peers import Peers
+from forge_lib.token_store import TokenStore, is_store, open_store, received_folder, verify_store
 
 logger = logging.getLogger("forge")
 
@@ -103,8 +104,8 @@ class Inputs:
 
     tokenizer: PreTrainedTokenizerBase
     model: torch.nn.Module
-    store: corpus.TokenStore
-    eval_store: corpus.TokenStore
+    store: TokenStore
+    eval_store: TokenStore
     dataset: batches.BlockDataset
     eval_dataset: batches.BlockDataset | None
     plan: batches.BatchPlan
@@ -161,7 +162,7 @@ def fetch_store(
     world: World,
     peers: Peers,
     agreement: cluster.Agreement,
-) -> corpus.TokenStore:
+) -> TokenStore:
     """Opens the token store of `--dataset-path` or `--eval-dataset-path`, making it or getting it from a machine.
 
     What was made from raw text on another machine comes into the cache; a token store comes to the path that the flag
@@ -174,17 +175,17 @@ def fetch_store(
     if have_it[world.process_index] or not any(have_it):
         store = corpus.prepare_store(config, tokenizer, progress=peers.say)
         if world.is_local_main:
-            corpus.verify_store(store, progress=peers.say)
-    facts = {"fingerprint": store.fingerprint if store else "", "is_store": corpus.is_store(path)}
+            verify_store(store, progress=peers.say)
+    facts = {"fingerprint": store.fingerprint if store else "", "is_store": is_store(path)}
     theirs = next(facts for facts in peers.exchange(facts, field) if facts["fingerprint"])
-    folder = store.folder if store else corpus.received_folder(theirs["fingerprint"])
+    folder = store.folder if store else received_folder(theirs["fingerprint"])
     if not store and theirs["is_store"] and not corpus.is_here(str(folder)):
         folder = Path(path).expanduser()
-    here = corpus.is_store(folder)
+    here = is_store(folder)
     if here and not store and world.is_local_main:  # received in an earlier run
-        corpus.verify_store(corpus.open_store(folder), progress=peers.say)
+        verify_store(open_store(folder), progress=peers.say)
     fetch(f"the token store of {flag_name(field)}", folder if here else None, folder, world, peers, agreement)
-    return store or corpus.open_store(folder)
+    return store or open_store(folder)
 
 
 def fetch(
@@ -241,7 +242,7 @@ def resume(
     peers.say("verifying its checkpoints")
     if world.is_local_main:
         if lock.held:
-            lines += checkpoint.sweep(folder)
+            lines += saver.sweep(folder)
         found = checkpoint.find(folder, config.resume, inputs.run)
         lines += found.passed_over
     mine = {
@@ -265,8 +266,8 @@ def resume(
     best = next(each for each in all_found if each["step"] == newest)
     theirs = all_found[world.machine]  # of this machine's first process
     held = Path(theirs["path"]) if theirs["sha256"] == best["sha256"] else None
-    target = folder / f"step-{newest:08d}"
-    fetch(f"checkpoint step-{newest:08d}", held, target, world, peers, agreement)
+    target = checkpoint.step_path(folder, newest)
+    fetch(f"checkpoint {target.name}", held, target, world, peers, agreement)
     if newest > inputs.plan.num_steps:
         raise UserError(
             f"{best['path']} is at step {newest}, but the run shall end at step {inputs.plan.num_steps}; raise "
@@ -281,7 +282,7 @@ def resume(
 
 
 def make_datasets(
-    config: TrainConfig, store: corpus.TokenStore, eval_store: corpus.TokenStore
+    config: TrainConfig, store: TokenStore, eval_store: TokenStore
 ) -> tuple[batches.BlockDataset, batches.BlockDataset | None]:
     """Returns the blocks to train on, and the held-out ones if there are any."""
     stream, eval_stream = batches.TokenStream(store.tokens, store.documents), None
@@ -296,7 +297,7 @@ def make_datasets(
     )
 
 
-def describe_run(config: TrainConfig, model: torch.nn.Module, store: corpus.TokenStore) -> dict:
+def describe_run(config: TrainConfig, model: torch.nn.Module, store: TokenStore) -> dict:
     """Returns what a run is, whatever its length and learning rate: a checkpoint goes on in the same run alone."""
     same = (
         "lora_rank",

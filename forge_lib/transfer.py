@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from forge_lib import disk
 from forge_lib.config import UserError
 
 PIECE_BYTES = 1 << 20
@@ -56,7 +57,7 @@ def list_files(folder: Path, known: Files | None = None) -> Files:
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.is_symlink() and _may_travel(path.name):
             size, facts = path.stat().st_size, (known or {}).get(path.name)
-            sha256 = facts["sha256"] if facts and facts["bytes"] == size else _sha256(path)
+            sha256 = facts["sha256"] if facts and facts["bytes"] == size else disk.sha256(path)
             files[path.name] = {"bytes": size, "sha256": sha256}
     return files
 
@@ -189,7 +190,9 @@ def receive(
         raise UserError(_wrong_hash(folder.name, missing, sender_host, "this machine"))
     try:
         with _user_errors(folder):
-            _place(partial, folder, files)
+            (partial / LIST_NAME).unlink()
+            disk.flush_all(partial)
+            disk.place(folder)
     except UserError:
         say(REFUSES)
         raise
@@ -420,46 +423,25 @@ def _may_travel(name: str) -> bool:
 
 def _open_partial(folder: Path, files: Files, what: str) -> Path:
     """Returns the folder where the files are gathered, with what is there of the very same files and nothing else."""
-    partial = folder.with_name(f".partial-{folder.name}")
+    partial = disk.partial_path(folder)
     try:
         same = not partial.is_symlink() and json.loads((partial / LIST_NAME).read_text(encoding="utf-8")) == files
     except (OSError, ValueError):
         same = False
     if not same:
-        _remove(partial)
+        disk.remove(partial)
         partial.mkdir(parents=True)
         (partial / LIST_NAME).write_text(json.dumps(files), encoding="utf-8")
     needed = sum(facts["bytes"] for facts in files.values())
     for path in partial.iterdir():
         if path.is_symlink() or not path.is_file() or path.name not in {LIST_NAME, *files}:
-            _remove(path)
+            disk.remove(path)
         elif path.name in files:
             needed -= min(path.stat().st_size, files[path.name]["bytes"])
     free = shutil.disk_usage(partial).free
     if needed > free:
         raise UserError(f"{what} needs {needed} bytes, but {folder.parent} has {free} bytes free; make room there")
     return partial
-
-
-def _place(partial: Path, folder: Path, files: Files) -> None:
-    """Gives the partial folder its name, once all of it is on the disk; what has the name is removed after that."""
-    (partial / LIST_NAME).unlink()
-    for path in (*(partial / name for name in files), partial):
-        _flush(path)
-    replaced = folder.with_name(f".replaced-{folder.name}")
-    _remove(replaced)
-    if os.path.lexists(folder):
-        folder.rename(replaced)
-    partial.rename(folder)
-    _flush(folder.parent)
-    _remove(replaced)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _wrong_hash(folder_name: str, missing: list[str], sender: str, receiver: str) -> str:
@@ -476,19 +458,3 @@ def _user_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}") from None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(PIECE_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,6 @@ turn; and compares saving and resuming with one plain copy of the same bytes. Ot
 """
 
 import json
-import os
 import resource
 import shutil
 import statistics
@@ -21,10 +20,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from forge_lib import checkpoint
+from forge_lib import checkpoint, disk
 from forge_lib import model as models
 from forge_lib.config import ModelNameConfig, TrainConfig, UserError, flag, parse_config
 from forge_lib.peers import one_message
+from forge_lib.saver import Saver
 
 
 @dataclass(kw_only=True)
@@ -59,8 +59,8 @@ def main(config: BenchmarkConfig) -> dict[str, float]:
 
     savers = {
         "none": None,
-        "background": checkpoint.Saver(folder, keep=1),
-        "foreground": checkpoint.Saver(folder, keep=1, background=False),
+        "background": Saver(folder, keep=1),
+        "foreground": Saver(folder, keep=1, background=False),
     }
     before = peak_memory_bytes()
     train(model, optimizers, ids, config.steps, savers["background"])
@@ -111,7 +111,7 @@ def make_model(config: BenchmarkConfig) -> tuple[torch.nn.Module, list[torch.opt
     return model, optimizers, torch.randint(0, model_config.vocab_size, (4, 128))
 
 
-def train(model, optimizers, ids: torch.Tensor, steps: int, saver: checkpoint.Saver | None = None) -> float:
+def train(model, optimizers, ids: torch.Tensor, steps: int, saver: Saver | None = None) -> float:
     """Trains so many steps, saves after the second one, and returns the seconds that it took."""
     start = time.perf_counter()
     for step in range(steps):
@@ -137,9 +137,7 @@ def plain_copy(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     subprocess.run(["cp", "-r", source, target], check=True)
     for path in (*target.iterdir(), target):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        disk.flush(path)
 
 
 def take(rounds: int, call: Callable[[], object]) -> float:

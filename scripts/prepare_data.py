@@ -14,6 +14,7 @@ from forge_lib import corpus
 from forge_lib import model as models
 from forge_lib.config import DataConfig, ModelNameConfig, UserError, flag, parse_config
 from forge_lib.peers import one_message
+from forge_lib.token_store import is_store
 
 
 @dataclass(kw_only=True)
@@ -32,7 +33,7 @@ class PrepareConfig(StoreConfig, DataConfig, ModelNameConfig):
 
 def main(config: PrepareConfig) -> None:
     """Makes the token store, or finds that it is there already."""
-    if corpus.is_store(config.dataset_path):
+    if is_store(config.dataset_path):
         raise UserError(f"--dataset-path {config.dataset_path} is a token store already; name the text it was made of")
     tokenizer = models.load_tokenizer(config)
     store = corpus.prepare_store(config, tokenizer, folder=config.output_dir, progress=lambda state: None)

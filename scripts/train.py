@@ -34,10 +34,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from forge_lib import batches, checkpoint, cluster, control, metrics, start
+from forge_lib import batches, cluster, control, metrics, start
 from forge_lib import model as models
 from forge_lib.config import TrainConfig, UserError, World, flag_name, parse_config
 from forge_lib.peers import GO_ON, DivergedError, PeerLostError, Peers, Stopped, one_message
+from forge_lib.saver import Saver
 
 logger = logging.getLogger("forge")
 
@@ -67,9 +68,7 @@ def main(config: TrainConfig) -> Path:
         inputs = start.load_inputs(config, world, peers, agreement)
         optimizers = models.build_optimizers(inputs.model, config)
         state, notes = start.resume(config, world, peers, agreement, inputs, optimizers, lock)
-        saver = checkpoint.Saver(
-            output_dir / "checkpoints", config.keep_checkpoints, config.keep_best, config.checkpoint_async
-        )
+        saver = Saver(output_dir / "checkpoints", config.keep_checkpoints, config.keep_best, config.checkpoint_async)
         log = metrics.MetricsLog(output_dir, accelerator.is_main_process)
         timeout = cluster.GroupTimeout(accelerator, inputs.model, config.timeout_seconds)
         saves = lock.held and start.keeps_checkpoints(config, world, agreement)
@@ -98,7 +97,7 @@ class Run:
     accelerator: Accelerator
     agreement: cluster.Agreement
     inputs: start.Inputs
-    saver: checkpoint.Saver
+    saver: Saver
     log: metrics.MetricsLog
     timeout: cluster.GroupTimeout
     shares: list[int]  # sequences of each global batch by process

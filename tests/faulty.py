@@ -28,7 +28,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from forge_lib import checkpoint, launch, peers
+from forge_lib import checkpoint, launch, peers, saver
 from forge_lib import model as models
 
 TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
@@ -109,7 +109,7 @@ class Late:
 def inject(faults: Faults) -> None:
     """Changes forge_lib in this process."""
     say, leave, write_bytes = peers.Peers.say, peers.Peers.__exit__, checkpoint._write_bytes
-    next_token_loss, build_optimizers, copy = models.next_token_loss, models.build_optimizers, checkpoint._copy
+    next_token_loss, build_optimizers, copy = models.next_token_loss, models.build_optimizers, saver._copy
 
     def faulty_say(self: peers.Peers, doing: str) -> None:
         say(self, doing)
@@ -137,7 +137,7 @@ def inject(faults: Faults) -> None:
         return build_optimizers(model, *args)
 
     peers.Peers.say, peers.Peers.__exit__ = faulty_say, faulty_exit
-    checkpoint._copy, checkpoint._write_bytes = faulty_copy, faulty_write_bytes
+    saver._copy, checkpoint._write_bytes = faulty_copy, faulty_write_bytes
     models.next_token_loss, models.build_optimizers = faulty_next_token_loss, faulty_build_optimizers
 
 
