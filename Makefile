@@ -1,6 +1,6 @@
 # make demo: train the bundled model on the bundled text. make test: checks and tests. Both set up .venv first.
-# make faults: the long tests, of what a run survives and of broken networks. make soak MINUTES=60: random faults for so
-# long, one SEED. make forecast: what check_cluster.py forecasts, against what train.py then does.
+# make faults: the long tests of what a run survives; make networks: those of what check_cluster.py finds. make soak
+# MINUTES=60: random faults for so long, one SEED. make forecast: what check_cluster.py forecasts, against train.py.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ SOURCES := forge_lib scripts tests data
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo style quality test faults soak forecast clean
+.PHONY: setup demo style quality test faults networks soak forecast clean
 
 setup: .venv/ready
 
@@ -53,6 +53,9 @@ test: quality
 
 faults: .venv/ready-dev
 	$(BIN)/python -m pytest -m faults
+
+networks: .venv/ready-dev
+	$(BIN)/python -m pytest -m networks
 
 soak: .venv/ready-dev
 	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)

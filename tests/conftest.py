@@ -316,7 +316,7 @@ FAULTS = FaultTable()
 
 @pytest.fixture
 def table() -> FaultTable:
-    """Where a test of a fault notes what happened; printed at the end, and written to runs/faults.md."""
+    """Where a test of a fault notes what happened; printed at the end."""
     return FAULTS
 
 
@@ -324,8 +324,6 @@ def pytest_terminal_summary(terminalreporter):
     if FAULTS.rows:
         terminalreporter.section("faults")
         terminalreporter.write_line("\n".join(FAULTS.lines()))
-        (ROOT / "runs").mkdir(exist_ok=True)
-        (ROOT / "runs" / "faults.md").write_text("\n".join(FAULTS.lines()) + "\n")
 
 
 def pytest_collection_modifyitems(items):

@@ -141,7 +141,7 @@ with socket.create_server(("10.77.0.1", 29500)):
 
 
 @netns
-@pytest.mark.faults
+@pytest.mark.networks
 @pytest.mark.skipif(not shutil.which("nft"), reason="needs nftables")
 @pytest.mark.parametrize("fault", cases())
 def test_a_broken_network_is_named_with_its_machine_on_all(check, hosts, table, fault):
@@ -170,7 +170,7 @@ def test_a_broken_network_is_named_with_its_machine_on_all(check, hosts, table, 
 
 
 @netns
-@pytest.mark.faults
+@pytest.mark.networks
 @pytest.mark.timeout(400)
 def test_the_bandwidth_of_a_link_is_right_within_15_percent(check, hosts, table):
     """Of four machines with 20, 100 and twice 1000 Mbit/s; a link has the smaller of its two ends'."""
@@ -216,7 +216,7 @@ def test_a_machine_that_comes_late_is_taken_in_and_programs_can_read_the_report(
 
 
 @netns
-@pytest.mark.faults
+@pytest.mark.networks
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, "cut"])
 def test_a_machine_that_is_lost_while_it_is_measured_ends_the_others_with_a_report(check, hosts, table, how):
     machines = hosts(2)
@@ -238,7 +238,7 @@ def test_a_machine_that_is_lost_while_it_is_measured_ends_the_others_with_a_repo
 
 
 @netns
-@pytest.mark.faults
+@pytest.mark.networks
 @pytest.mark.skipif(not shutil.which("nft"), reason="needs nftables")
 def test_a_firewall_that_opens_the_port_alone_is_named(check, hosts):
     """gloo's ports are those that the kernel chooses; the machines meet, and the link between them is then refused."""
