@@ -128,11 +128,11 @@ class Peers:
         """Tells the others what this process is doing now; cheap, to be called often."""
         self._doing = doing
 
-    def exchange(self, facts: dict, name: str = "facts") -> list[dict]:
+    def exchange(self, facts: dict, name: str = "facts", limit_seconds: float = math.inf) -> list[dict]:
         """Hands `facts` (of JSON types) to all processes, waits for theirs, and returns them by rank.
 
         Call on all processes, each time with another `name`. Now and then one process of each machine says on stderr
-        for whom it waits.
+        for whom it waits; it waits for one that lives no longer than the limit.
 
         Raises:
             UserError, PeerLostError, Stopped: another process has failed, or has not been heard of for too long.
@@ -141,7 +141,7 @@ class Peers:
         if world.num_processes == 1:
             return [facts]
         self._store.set(f"{name}/{world.process_index}", json.dumps(facts))
-        self._wait_for({rank: f"{name}/{rank}" for rank in range(world.num_processes)})
+        self._wait_for({rank: f"{name}/{rank}" for rank in range(world.num_processes)}, limit_seconds)
         return [json.loads(self._store.get(f"{name}/{rank}")) for rank in range(world.num_processes)]
 
     def meet(self, name: str) -> float:
@@ -151,9 +151,7 @@ class Peers:
         an hour.
         """
         start = time.monotonic()
-        if self.world.num_processes > 1:
-            self._store.set(f"met/{name}/{self.world.process_index}", "")
-            self._wait_for({rank: f"met/{name}/{rank}" for rank in range(self.world.num_processes)}, HANG_SECONDS)
+        self.exchange({}, f"met/{name}", HANG_SECONDS)
         return time.monotonic() - start
 
     def check(self) -> None:

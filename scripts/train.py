@@ -37,7 +37,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from forge_lib import batches, cluster, control, metrics, start
 from forge_lib import model as models
 from forge_lib.config import TrainConfig, UserError, World, flag_name, parse_config
-from forge_lib.peers import GO_ON, DivergedError, PeerLostError, Peers, Stopped, one_message
+from forge_lib.peers import GO_ON, HANG_SECONDS, DivergedError, PeerLostError, Peers, Stopped, one_message
 from forge_lib.saver import Saver
 
 logger = logging.getLogger("forge")
@@ -72,7 +72,7 @@ def main(config: TrainConfig) -> Path:
         log = metrics.MetricsLog(output_dir, accelerator.is_main_process)
         timeout = cluster.GroupTimeout(accelerator, inputs.model, config.timeout_seconds)
         saves = lock.held and start.keeps_checkpoints(config, world, agreement)
-        run = Run(config, world, peers, accelerator, agreement, inputs, saver, log, timeout, shares, saves)
+        run = Run(config, world, peers, accelerator, agreement, inputs, saver, log, timeout, shares, saves, [])
         if state and lock.held and not saves:
             saver.prune(state["step"])  # a machine that keeps none has what it was sent to start with
         for line in (*agreement.warnings, *inputs.warnings, *notes):
@@ -102,6 +102,7 @@ class Run:
     timeout: cluster.GroupTimeout
     shares: list[int]  # sequences of each global batch by process
     saves: bool  # whether this process writes its machine's checkpoints
+    failed_saves: list[dict]  # of this process, of which the others do not know yet
 
 
 def train(
@@ -411,8 +412,7 @@ def save(run: Run, model: torch.nn.Module, optimizers: list, step: int, facts: d
     """
     run.peers.say("saving")
     start = time.monotonic()
-    run.saver.wait()
-    run.peers.meet(f"save/{step}")  # a slow disk of one machine is waited for here, where waiting has no time-out
+    finish_saves(run, f"save/{step}")
     if run.saves:
         write = run.saver.save_outliving if last else run.saver.save
         write(step, run.accelerator.unwrap_model(model), optimizers, describe_state(run, step) | facts)
@@ -426,16 +426,38 @@ def save(run: Run, model: torch.nn.Module, optimizers: list, step: int, facts: d
     run.timeout.paused(time.monotonic() - start)
 
 
+def finish_saves(run: Run, name: str) -> None:
+    """Waits until no process writes a checkpoint, and has the main one say which of the others could not; call on all.
+
+    A slow disk of one machine is waited for here, where waiting has no time-out.
+    """
+    run.saver.wait()
+    report_saves(run)
+    mine = {"failed_saves": list(run.failed_saves)}
+    run.failed_saves.clear()
+    for rank, theirs in enumerate(run.peers.exchange(mine, name, HANG_SECONDS)):
+        if run.accelerator.is_main_process and rank != run.world.process_index:
+            for failed in theirs["failed_saves"]:
+                say_failed(run, failed)
+
+
 def report_saves(run: Run) -> None:
-    """Says which checkpoints have been written since it was last asked, and which could not be."""
+    """Says which checkpoints of this machine have been written since it was last asked, and which could not be."""
     for outcome in run.saver.outcomes():
-        if outcome.error:
-            what = "was not written" if outcome.path is None else "is written, but"
-            logger.error(f"{run.peers.host}: the checkpoint of step {outcome.step} {what}: {outcome.error}")
         if outcome.path is None:
-            run.log.write(step=outcome.step, event="checkpoint_failed", error=outcome.error)
-        else:
-            run.log.write(step=outcome.step, event="checkpoint", path=str(outcome.path), seconds=outcome.seconds)
+            failed = {"step": outcome.step, "event": "checkpoint_failed", "host": run.peers.host}
+            run.failed_saves.append(failed | {"error": outcome.error})
+            say_failed(run, run.failed_saves[-1])
+            continue
+        run.log.write(step=outcome.step, event="checkpoint", path=str(outcome.path), seconds=outcome.seconds)
+        if outcome.error:
+            logger.error(f"{run.peers.host}: the checkpoint of step {outcome.step} is written, but {outcome.error}")
+
+
+def say_failed(run: Run, failed: dict) -> None:
+    """Says that a checkpoint was not written: here, and in the main process's metrics.jsonl."""
+    logger.error(f"{failed['host']}: the checkpoint of step {failed['step']} was not written: {failed['error']}")
+    run.log.write(**failed)
 
 
 def wait_for_save(run: Run) -> None:
@@ -456,8 +478,7 @@ def last_words(run: Run, error: BaseException) -> None:
 def finish(run: Run, model: torch.nn.Module, results: dict, final: Path, stopped_by: str) -> None:
     """Waits for the last checkpoint and, unless the run was stopped, writes the final model; call on all processes."""
     run.peers.say("finishing")
-    run.saver.wait()
-    report_saves(run)
+    finish_saves(run, "saves")
     if stopped_by:
         run.log.write(step=run.peers.step, event="stop", reason=stopped_by)
     elif run.accelerator.is_main_process:

@@ -284,6 +284,18 @@ def test_a_killed_process_ends_the_other_machine_with_its_name(rig, table):
     table.add("kill -9 of a worker, no restarts", "exit 3, peer named", seconds)
 
 
+def test_the_main_machine_says_which_checkpoints_another_one_could_not_write(rig):
+    cluster = rig()
+    cluster.run_folder(2).mkdir(parents=True)
+    (cluster.run_folder(2) / "checkpoints").touch()
+    ended = cluster.finish(cluster.begin("--max-steps", 10, "--checkpoint-every", 5), 0, 0)
+    failed = [row for row in rows(cluster.run_folder(1), "error") if row["event"] == "checkpoint_failed"]
+    assert [(row["step"], row["host"]) for row in failed] == [(5, cluster.name(2)), (10, cluster.name(2))]
+    for row in failed:
+        assert "File exists" in row["error"]
+        assert f"the checkpoint of step {row['step']} was not written: {row['error']}" in ended[0].output
+
+
 # The long ones.
 
 PHASES = {"start": ("loading the model", None), "step": ("computing", 8), "save": ("writing", 10)}
@@ -579,11 +591,11 @@ def test_a_disk_that_is_full_read_only_or_gone_costs_checkpoints_alone(rig, host
         assert steps() == [25, 30] and whole(), "files may have a megabyte"
         ended = cluster.finish(running, 0, 0)
         assert steps() == [30, 40, 45] and whole()
-        if n == 1:
-            failed = [row["step"] for row in rows(folder, "error") if row["event"] == "checkpoint_failed"]
-            assert {20, 35} <= set(failed)
+        failed = [row for row in rows(cluster.run_folder(1), "error") if row["event"] == "checkpoint_failed"]
+        assert {20, 35} <= {row["step"] for row in failed} and {row["host"] for row in failed} == {cluster.name(n)}
         for step in (10, 20, 35):
-            assert f"the checkpoint of step {step} was not written: " in ended[n - 1].output
+            for output in (ended[0].output, ended[n - 1].output):
+                assert f"{cluster.name(n)}: the checkpoint of step {step} was not written: " in output
         cluster.hold(undisturbed(45))
     for fault in ("full disk", "read-only disk", "checkpoint folder renamed", "file-size limit"):
         table.add(f"{fault} on machine {n}", "training goes on, older ones whole, next save succeeds")
