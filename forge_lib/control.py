@@ -1,7 +1,9 @@
 """How a run is told to stop, and how it keeps out of others' way: signals, the stop file, the run folder's lock."""
 
 import ctypes
+import errno
 import fcntl
+import io
 import json
 import os
 import signal
@@ -9,8 +11,10 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TextIO
 
 import psutil
 
@@ -38,8 +42,74 @@ def die_with_parent(number: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Has a closed terminal, a pipe without a reader or a full disk cost lines on stdout and stderr, and nothing else.
+
+    An error of a write would end a run before it is saved. Ctrl-C ends the `tee` behind a program first.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_lasting, before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _lasting(stream: TextIO) -> TextIO:
+    stream.flush()
+    file = io.BufferedWriter(_LastingFile(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True)
+
+
+class _LastingFile(io.FileIO):
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.EPIPE):  # nobody reads any more, whoever writes
+                nothing = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nothing, self.fileno())
+                os.close(nothing)
+            return memoryview(data).nbytes
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Returns the signals by which a person wishes a stop: SIGTERM, SIGINT and, but under nohup, SIGHUP."""
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if is_nohup else [signal.SIGHUP])]
+
+
+class Wishes:
+    """What a person wishes of a command that has others run; to be inherited.
+
+    Attributes:
+        stopping: it shall stop, and save.
+        at_once: it shall end without that: after a second Ctrl-C.
+    """
+
+    stopping = at_once = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals meanwhile; call it in the main thread."""
+        before = {number: signal.signal(number, self._take_signal) for number in stop_signals()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take_signal(self, number: int, frame: Any) -> None:
+        # A window that is closed sends SIGHUP twice: Ctrl-C alone is more than the same wish again.
+        self.at_once |= self.stopping and number == signal.SIGINT
+        self.stopping = True
+
+
 class StopRequest:
-    """Notices SIGTERM, SIGINT and a file `stop` in the run folder; use it as a context manager, in the main thread.
+    """Notices a signal to stop and a file `stop` in the run folder; use it as a context manager, in the main thread.
 
     Until `defer` is called a signal raises `error` at once, since nothing is lost then. From then on it is noted, and
     the training loop asks for it. A second SIGINT ends the process at once.
@@ -56,7 +126,7 @@ class StopRequest:
     def __enter__(self):
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stop_signals():
                 self._previous[number] = signal.signal(number, self._note)
         return self
 

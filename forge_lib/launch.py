@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -33,7 +32,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from forge_lib import remote, topology
 from forge_lib.config import LaunchConfig, TrainConfig, UserError, flag_name, parse_config, to_flags
-from forge_lib.control import RunLock, die_with_parent
+from forge_lib.control import RunLock, Wishes, die_with_parent, lasting_output
 from forge_lib.rollcall import AwayError, Roll, check_port
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(_refuse(error))
     supervisor = Supervisor(config)
-    with supervisor.listening():
+    with lasting_output(), supervisor.listening():
         sys.exit(supervisor.run())
 
 
@@ -124,33 +123,15 @@ def _refuse(error: UserError) -> int:
     return MISTAKE
 
 
-class Supervisor:
+class Supervisor(Wishes):
     """Runs attempts, one after the other, until one ends well or another would be of no use."""
 
     def __init__(self, config: ForgeConfig):
         self.config = config
         self.machine_id = uuid.uuid4().hex
         self.hosts: dict[int, str] = {}  # by machine number, from the last roll call that was complete
-        self.stopping = self.at_once = False  # what a person wishes
         self.is_over = False  # the supervisor itself has ended the attempt, and said why
         self.said = 0.0
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes SIGTERM, SIGINT and (but under nohup) SIGHUP as the wish to stop."""
-        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            numbers.remove(signal.SIGHUP)
-        before = {number: signal.signal(number, self._take_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _take_signal(self, number: int, frame: Any) -> None:
-        self.at_once |= self.stopping and number == signal.SIGINT
-        self.stopping = True
 
     def run(self) -> int:
         """Returns the exit code of the last attempt; 0 where a person stopped it and nothing else went wrong."""

@@ -20,13 +20,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from forge_lib.config import LaunchConfig, UserError, to_flags
+from forge_lib.control import Wishes, lasting_output
 from forge_lib.guard import END, STOP, kill_family, say
 from forge_lib.topology import Cluster, Machine, find_machine
 
@@ -75,7 +76,7 @@ def run(cluster: Cluster, config: LaunchConfig, place: Callable[[Any, Cluster, M
     if not shutil.which("ssh") and any(machine != own for machine in commands):
         raise UserError("--ssh needs the program `ssh` (Debian, Ubuntu: apt install openssh-client)")
     terminal = Terminal(config.timeout_seconds)
-    with terminal.listening():
+    with lasting_output(), terminal.listening():
         return terminal.run(commands)
 
 
@@ -188,7 +189,7 @@ def plain(line: bytes) -> bytes:
     return line.rstrip(b"\r\n").rsplit(b"\r", 1)[-1]
 
 
-class Terminal:
+class Terminal(Wishes):
     """Follows the machines' parts, and tells them what a person wishes.
 
     Args:
@@ -198,28 +199,9 @@ class Terminal:
     def __init__(self, timeout_seconds: float):
         self.timeout_seconds = timeout_seconds
         self.parts: list[Part] = []
-        self.stopping = self.at_once = False  # what a person wishes
         self.refused = False  # a machine could not be reached, or its part did not start
         self.failed, self.follow_at = "", math.inf  # a machine that failed, and when the others must have noticed
         self.told, self.told_at = b"", math.inf  # what the machines have been told
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes SIGTERM, SIGINT and (but under nohup) SIGHUP as the wish to stop."""
-        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            numbers.remove(signal.SIGHUP)
-        before = {number: signal.signal(number, self._take_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _take_signal(self, number: int, frame: Any) -> None:
-        # A window that is closed sends SIGHUP twice: Ctrl-C alone is more than the same wish again.
-        self.at_once |= self.stopping and number == signal.SIGINT
-        self.stopping = True
 
     def run(self, commands: dict[Machine, list[str]]) -> int:
         """Starts the commands and follows them to their end; returns the exit code."""

@@ -576,5 +576,5 @@ def not_a_terminal(accelerator: Accelerator) -> bool:
 
 
 if __name__ == "__main__":
-    with one_message("train.py"):
+    with control.lasting_output(), one_message("train.py"):
         main(parse_config(TrainConfig, sys.argv[1:], description=__doc__))

@@ -1,15 +1,19 @@
 """How a run is told to stop, and the lock on its folder."""
 
+import fcntl
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
+from conftest import BIN, QUIET, ROOT, SHORT, processes, rows
 
-from forge_lib import control
+from forge_lib import checkpoint, control
 from forge_lib.config import UserError
 
 HOLDER = """
@@ -102,3 +106,60 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
         "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=50).returncode == 130
+
+
+@pytest.mark.parametrize("launcher", ["forge", "accelerate"])
+@pytest.mark.parametrize("how", ["closed terminal", "Ctrl-C for a pipe"])
+def test_a_run_whose_output_nobody_reads_any_more_is_saved(how, launcher, tmp_path, free_port):
+    """A window that is closed sends SIGHUP; Ctrl-C before a `| tee log` ends `tee` too."""
+    words = [BIN / "p2p-llm-forge", "--processes-per-node", 2, "--master-port", free_port]
+    if launcher == "accelerate":
+        words = [*processes(tmp_path, free_port, num_processes=2), "scripts/train.py"]
+    words += [*SHORT, *QUIET, "--max-steps", 9999, "--device", "cpu", "--output-dir", tmp_path / "run"]
+    reading, writing = pty.openpty() if how == "closed terminal" else os.pipe()
+
+    def take_terminal() -> None:
+        if how == "closed terminal":
+            fcntl.ioctl(writing, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [*map(str, words)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=writing,
+        stderr=writing,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(writing)
+    output = b""
+    while b"step 5/" not in output:
+        read = os.read(reading, 1 << 16)
+        assert read, output
+        output += read
+    os.close(reading)
+    if how != "closed terminal":
+        os.killpg(process.pid, signal.SIGINT)
+    code = process.wait(60)
+    assert code == 0 or launcher == "accelerate"  # its launcher reports a signal to itself as a failure
+    saved, stopped = rows(tmp_path / "run", "event")[-2:]
+    assert (saved["event"], stopped["event"]) == ("checkpoint", "stop")
+    assert checkpoint.verify(tmp_path / "run" / "checkpoints" / f"step-{saved['step']:08d}") is None
+
+
+def test_output_that_is_lost_costs_nothing_else():
+    """The reader goes, then the disk is full; each later line is as good as written."""
+    program = (
+        "import os, sys; from forge_lib.control import lasting_output\n"
+        "with lasting_output():\n"
+        "    print('one', flush=True); sys.stdin.readline()\n"
+        "    for _ in range(3): print('two' * 9999, flush=True)\n"
+        "    os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+        "    for _ in range(3): print('three', file=sys.stderr, flush=True)\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", program], text=True, **pipes)
+    assert process.stdout.readline() == "one\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(50) == 0
