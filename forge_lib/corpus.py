@@ -12,7 +12,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,15 @@ from transformers import PreTrainedTokenizerBase
 
 from forge_lib import disk
 from forge_lib.config import DataConfig, UserError
-from forge_lib.token_store import FORMAT_VERSION, Progress, TokenStore, is_store, open_store, stores_folder
+from forge_lib.token_store import (
+    FORMAT_VERSION,
+    STORE_FILES,
+    Progress,
+    TokenStore,
+    is_store,
+    open_store,
+    stores_folder,
+)
 
 KINDS = {"txt": "text", "md": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 COMPRESSIONS = ("gz", "zst")
@@ -105,13 +112,14 @@ def prepare_store(
     }
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
     folder = Path(folder) if folder else stores_folder() / key[:16]
+    folder = folder.resolve() if folder.is_symlink() else folder  # the link stays
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if is_store(folder):
-            with suppress(UserError):  # a damaged one is made again
-                if (store := open_store(folder)).manifest.get("made_from") == key:
-                    return store
-        if folder.exists() and not is_store(folder) and any(folder.iterdir()):
+        disk.restore(folder)
+        if is_store(folder) and (store := open_store(folder)).manifest.get("made_from") == key:
+            return store
+        held = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if held - STORE_FILES or (held and not is_store(folder)):
             raise UserError(f"--output-dir {folder} holds other files; name an empty or a new folder")
         partial = disk.partial_path(folder)
         disk.remove(partial)
@@ -157,7 +165,7 @@ class _Source:
     def check_unchanged(self) -> None:
         """Raises UserError for a file that is no longer what it was."""
         for path, before in self.seen.items():
-            if not path.is_file() or disk.identity(path) != before:
+            if not path.is_file() or disk.stamp(path) != before:
                 raise UserError(f"{path} was changed while it was tokenized; start again when it is complete")
 
 
@@ -179,7 +187,7 @@ def _find_source(config: DataConfig) -> _Source:
     else:
         return _find_hub_source(config)
     root = path if path.is_dir() else Path(".")
-    seen = {p: disk.identity(p) for p in paths}
+    seen = {p: disk.stamp(p) for p in paths}
     names = [str(p.relative_to(root) if path.is_dir() else p.name) for p in paths]
     identity = [(name, *seen[p][:2]) for name, p in zip(names, paths, strict=True)]
     files = [(p, _kind(p)) for p in paths if seen[p][0]]

@@ -1,7 +1,7 @@
 """Files that a power cut does not take: a folder is whole under its name, or does not have it.
 
 A folder is written as `.partial-NAME` beside NAME and renamed once all of it is on the disk. What had the name before
-is `.replaced-NAME` for that moment, so that one of the two is there whenever the power goes.
+is `.replaced-NAME` for that moment; where the power goes just then, `restore` puts it back.
 """
 
 import hashlib
@@ -28,17 +28,30 @@ def place(folder: Path) -> None:
     """Gives a folder's partial one its name; each file in it has been flushed before.
 
     Raises:
-        OSError: the disk refuses; the name is what it was before, or `sweep` of forge_lib/checkpoint.py puts it back.
+        OSError: the disk refuses; the folder is the one that it was.
     """
     partial, replaced = partial_path(folder), replaced_path(folder)
     flush(partial)
     if os.path.lexists(folder):
         remove(replaced)
         folder.rename(replaced)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        restore(folder)
+        raise
     flush(folder.parent)
     with suppress(OSError):  # no reason to take the new one for missing
         remove(replaced)
+
+
+def restore(folder: Path) -> None:
+    """Ends a `place` that was cut short: puts back what made way, or removes it where the new one has the name."""
+    replaced = replaced_path(folder)
+    if os.path.lexists(replaced) and not os.path.lexists(folder):
+        replaced.rename(folder)
+        flush(folder.parent)
+    remove(replaced)
 
 
 def flush(path: Path) -> None:
@@ -64,8 +77,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def identity(path: Path) -> tuple[int, int, int]:
-    """Returns (size in bytes, time of the last write, inode): equal as long as nobody has touched the file."""
+def stamp(path: Path | int) -> tuple[int, int, int]:
+    """Returns (size in bytes, time of the last write, inode) of a file, or of an open one by its descriptor.
+
+    Equal as long as nobody has touched the file.
+    """
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 

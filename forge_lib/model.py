@@ -330,6 +330,8 @@ def save_final(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
         folder: is written whole under another name first, and takes the place of an older one.
         facts: what the model card says of the run.
     """
+    folder = folder.resolve() if folder.is_symlink() else folder  # the link stays
+    disk.restore(folder)
     partial = disk.partial_path(folder)
     disk.remove(partial)
     if hasattr(model, "merge_and_unload"):

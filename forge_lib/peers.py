@@ -151,7 +151,9 @@ class Peers:
         an hour.
         """
         start = time.monotonic()
-        self.exchange({}, f"met/{name}", HANG_SECONDS)
+        if self.world.num_processes > 1:
+            self._store.set(f"met/{name}/{self.world.process_index}", "")
+            self._wait_for({rank: f"met/{name}/{rank}" for rank in range(self.world.num_processes)}, HANG_SECONDS)
         return time.monotonic() - start
 
     def check(self) -> None:

@@ -186,8 +186,7 @@ def sweep(folder: Path) -> list[str]:
         target = folder / name
         try:
             if kind == ".replaced" and not os.path.lexists(target):
-                path.rename(target)
-                disk.flush(folder)
+                disk.restore(target)
                 lines.append(f"checkpoint {name} is put back: the one to replace it was never finished")
             elif (path / ".files.json").exists():
                 continue  # on its way from another machine, and to be continued

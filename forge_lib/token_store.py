@@ -21,6 +21,7 @@ from forge_lib import disk
 from forge_lib.config import UserError
 
 FORMAT_VERSION = 1
+STORE_FILES = {"tokens.bin", "documents.bin", "manifest.json"}
 MANIFEST_BYTES = 1 << 24
 OFFSETS_READ = 1 << 17  # at a time, to check them
 
@@ -64,7 +65,7 @@ class TokenStore:
             path, expected = self.folder / name, facts["bytes"]
             cure = "while the run was reading it; restore it and start again: the run goes on from its last checkpoint"
             try:
-                found = disk.identity(path)
+                found = disk.stamp(path)
                 if found == self.seen[name]:
                     continue
                 if found[0] != expected:
@@ -113,10 +114,10 @@ def open_store(folder: str | Path) -> TokenStore:
     for name, size in fitting.items():
         path, stated = folder / name, manifest["files"][name]["bytes"]
         if path.is_file():  # or a link to one
-            seen[name] = disk.identity(path)
+            seen[name] = disk.stamp(path)
         found = seen[name][0] if name in seen else 0
         if found != stated or stated != size:
-            raise UserError(f"{path} has {found} bytes, its manifest says {stated}; make the store again")
+            raise UserError(f"{path} has {found} bytes, its manifest says {stated}; {_cure(folder)}")
     return TokenStore(
         folder=folder,
         manifest=manifest,
@@ -136,7 +137,7 @@ def _read_manifest(folder: Path) -> dict:
         if _count(manifest["format_version"]) > FORMAT_VERSION:
             raise UserError(
                 f"{folder}: token store of format {manifest['format_version']}, but this program reads up to "
-                f"{FORMAT_VERSION}; update it, or make the store again with scripts/prepare_data.py"
+                f"{FORMAT_VERSION}; update it, or make the store again elsewhere with scripts/prepare_data.py"
             )
         if manifest["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype {manifest['dtype']!r}")
@@ -155,8 +156,12 @@ def _read_manifest(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is damaged ({error!r:.200}); make the store again") from None
+        raise UserError(f"{path} is damaged ({error!r:.200}); {_cure(folder)}") from None
     return manifest
+
+
+def _cure(folder: Path) -> str:
+    return f"remove {folder}, and make the store again or copy it again"
 
 
 def _count(value: int) -> int:
@@ -175,7 +180,7 @@ def verify_store(store: TokenStore, progress: Progress = lambda text: None) -> N
         UserError: naming the file whose content is not what the manifest says, or the document that ends before it
             begins, and what to do.
     """
-    cure = f"remove {store.folder}, and make the store again or copy it again"
+    cure = _cure(store.folder)
     files = store.manifest["files"]
     total, done = sum(facts["bytes"] for facts in files.values()), 0
 

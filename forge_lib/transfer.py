@@ -316,13 +316,12 @@ class _Reader:
             with open(path, "rb") as file:
                 file.seek(start)
                 whole = file.readinto(into) == len(into)
-                stat = os.fstat(file.fileno())
+                found = disk.stamp(file.fileno())
         except OSError as error:
             self.mistake = f"{path} cannot be read: {error.strerror}"
             return False
-        found = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-        if not whole or stat.st_size != expected or self._found.setdefault(name, found) != found:
-            self.mistake = f"{path} has changed while it was sent: {stat.st_size} bytes, expected {expected}"
+        if not whole or found[0] != expected or self._found.setdefault(name, found) != found:
+            self.mistake = f"{path} has changed while it was sent: {found[0]} bytes, expected {expected}"
         return not self.mistake
 
 

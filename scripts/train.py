@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -72,7 +72,7 @@ def main(config: TrainConfig) -> Path:
         log = metrics.MetricsLog(output_dir, accelerator.is_main_process)
         timeout = cluster.GroupTimeout(accelerator, inputs.model, config.timeout_seconds)
         saves = lock.held and start.keeps_checkpoints(config, world, agreement)
-        run = Run(config, world, peers, accelerator, agreement, inputs, saver, log, timeout, shares, saves, [])
+        run = Run(config, world, peers, accelerator, agreement, inputs, saver, log, timeout, shares, saves)
         if state and lock.held and not saves:
             saver.prune(state["step"])  # a machine that keeps none has what it was sent to start with
         for line in (*agreement.warnings, *inputs.warnings, *notes):
@@ -102,7 +102,7 @@ class Run:
     timeout: cluster.GroupTimeout
     shares: list[int]  # sequences of each global batch by process
     saves: bool  # whether this process writes its machine's checkpoints
-    failed_saves: list[dict]  # of this process, of which the others do not know yet
+    failed_saves: list[dict] = field(default_factory=list)  # of this process, that the others do not know of yet
 
 
 def train(
@@ -417,7 +417,7 @@ def save(run: Run, model: torch.nn.Module, optimizers: list, step: int, facts: d
         write = run.saver.save_outliving if last else run.saver.save
         write(step, run.accelerator.unwrap_model(model), optimizers, describe_state(run, step) | facts)
     if last:
-        report_saves(run)
+        finish_saves(run, f"last/{step}")
         saved = run.saver.last_step == step
         if not any(facts["saved"] for facts in run.peers.exchange({"saved": saved}, f"saved/{step}")):
             raise UserError(f"step {step} could not be saved on any machine: make room on a disk. {GO_ON}")
@@ -444,14 +444,15 @@ def finish_saves(run: Run, name: str) -> None:
 def report_saves(run: Run) -> None:
     """Says which checkpoints of this machine have been written since it was last asked, and which could not be."""
     for outcome in run.saver.outcomes():
-        if outcome.path is None:
-            failed = {"step": outcome.step, "event": "checkpoint_failed", "host": run.peers.host}
-            run.failed_saves.append(failed | {"error": outcome.error})
-            say_failed(run, run.failed_saves[-1])
-            continue
-        run.log.write(step=outcome.step, event="checkpoint", path=str(outcome.path), seconds=outcome.seconds)
-        if outcome.error:
-            logger.error(f"{run.peers.host}: the checkpoint of step {outcome.step} is written, but {outcome.error}")
+        step, host, error = outcome.step, run.peers.host, outcome.error
+        if outcome.path:
+            run.log.write(step=step, event="checkpoint", path=str(outcome.path), seconds=outcome.seconds)
+            if error:
+                logger.error(f"{host}: the checkpoint of step {step} is written, but {error}")
+        else:
+            failed = {"step": step, "event": "checkpoint_failed", "host": host, "error": error}
+            say_failed(run, failed)
+            run.failed_saves.append(failed)
 
 
 def say_failed(run: Run, failed: dict) -> None:
@@ -478,7 +479,8 @@ def last_words(run: Run, error: BaseException) -> None:
 def finish(run: Run, model: torch.nn.Module, results: dict, final: Path, stopped_by: str) -> None:
     """Waits for the last checkpoint and, unless the run was stopped, writes the final model; call on all processes."""
     run.peers.say("finishing")
-    finish_saves(run, "saves")
+    run.saver.wait()
+    report_saves(run)
     if stopped_by:
         run.log.write(step=run.peers.step, event="stop", reason=stopped_by)
     elif run.accelerator.is_main_process:
@@ -489,6 +491,7 @@ def finish(run: Run, model: torch.nn.Module, results: dict, final: Path, stopped
     for tracker in run.accelerator.trackers:
         tracker.finish()  # it may take its time; at the meeting that is waited for
     run.accelerator.trackers = []
+    finish_saves(run, "saves")
     run.peers.meet("end")
     if stopped_by:
         run.peers.release_launchers()

@@ -322,7 +322,7 @@ def table() -> FaultTable:
 
 def pytest_terminal_summary(terminalreporter):
     if FAULTS.rows:
-        terminalreporter.section("faults")
+        terminalreporter.section("what was tried")
         terminalreporter.write_line("\n".join(FAULTS.lines()))
 
 

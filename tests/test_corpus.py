@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from forge_lib import corpus
 from forge_lib.config import DataConfig, UserError
-from forge_lib.token_store import TokenStore, open_store
+from forge_lib.token_store import TokenStore, is_store, open_store
 
 DOCUMENTS = [
     "The harbour is quiet.\nA boat comes in.",
@@ -204,12 +204,35 @@ def test_memory_stays_flat_however_large_the_corpus(tmp_path):
     assert peaks[1] < peaks[0] + (48 << 10), f"{peaks} KB"
 
 
-@pytest.mark.parametrize("damaged", ["tokens.bin", "manifest.json"])
-def test_a_damaged_store_is_made_again(tmp_path, tokenizer, damaged):
+@pytest.mark.parametrize("held", ["another's manifest", "a store with a letter", "a damaged store", "tokens alone"])
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path, tokenizer, held):
+    folder = tmp_path / "store"
     (tmp_path / "x.txt").write_text("one two three")
-    before = make(tokenizer, tmp_path / "x.txt", tmp_path / "store").fingerprint
-    os.truncate(tmp_path / "store" / damaged, 2)
-    assert make(tokenizer, tmp_path / "x.txt", tmp_path / "store").fingerprint == before
+    make(tokenizer, tmp_path / "x.txt", folder)
+    if held == "another's manifest":
+        (folder / "manifest.json").write_text('{"name": "a web page"}')
+    elif held == "a store with a letter":
+        (folder / "letter.txt").write_text("Dear Ann")
+        (tmp_path / "x.txt").write_text("another text")
+    elif held == "a damaged store":
+        os.truncate(folder / "tokens.bin", 2)
+    else:
+        (folder / "manifest.json").unlink()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=r"holds other files; name an empty|is damaged|has 2 bytes"):
+        make(tokenizer, tmp_path / "x.txt", folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_link_to_a_store_stays_and_what_was_cut_short_is_cleared_up(tmp_path, tokenizer):
+    (tmp_path / "x.txt").write_text("one two three")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "store").symlink_to(tmp_path / "there")
+    made = make(tokenizer, tmp_path / "x.txt", tmp_path / "store")
+    assert (tmp_path / "store").is_symlink() and is_store(tmp_path / "there")
+    (tmp_path / "there").rename(tmp_path / ".replaced-there")
+    assert make(tokenizer, tmp_path / "x.txt", tmp_path / "store").fingerprint == made.fingerprint
+    assert not (tmp_path / ".replaced-there").exists()
 
 
 def test_a_store_of_another_tokenizer_is_refused(tmp_path, tokenizer):
