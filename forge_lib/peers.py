@@ -286,6 +286,8 @@ class Peers:
         """Returns the error that this process ends with: its own, or the one of another process that has caused it."""
         if self._verdict and str(error) == self._verdict["text"]:
             return error
+        if self._verdict and self._verdict["kind"] == "mistake" and isinstance(error, Stopped):
+            return self._as_error(self._verdict)  # the launcher ends what is left of its processes
         error = as_mistake(error)
         for kind, type_ in KINDS.items():
             if isinstance(error, type_):
@@ -442,6 +444,8 @@ def one_message(program: str) -> Iterator[None]:
         yield
     except (UserError, PeerLostError, DivergedError, Stopped) as error:
         found = error
+        if isinstance(error, Stopped) and isinstance(error.__context__, UserError):
+            found = error.__context__  # on its way out for that, the launcher told it to end
     except Exception as error:
         found = as_mistake(error)
         if found is error and not dist.is_initialized():

@@ -146,7 +146,8 @@ def test_every_process_of_a_machine_says_what_is_wrong(run, tmp_path, free_port)
     ended = run(words)
     assert ended.seconds < 30
     assert "exitcode  : 2" in ended.output
-    assert "--batch-size 7 cannot be divided over 2 processes" in ended.output
+    assert ended.output.count("--batch-size 7 cannot be divided over 2 processes") == 2
+    assert "SIGTERM before" not in ended.output  # by which the launcher ends the one that is not the first
 
 
 def test_help_is_no_mistake(run):
