@@ -12,6 +12,7 @@ import stat
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -59,7 +60,7 @@ class Saver:
         """
         self.folder, self.keep, self.keep_best, self.background = folder, keep, keep_best, background
         self._copied: Future | None = None  # the last save's copy of the tensors; the next one takes its memory
-        self._ended: list[Outcome] = []
+        self._ended: deque[Outcome] = deque()
         self._write: Future | None = None
         self.last_step = -1  # of the newest checkpoint that it has written
 
@@ -80,8 +81,7 @@ class Saver:
         start = time.monotonic()
         text, tensors = checkpoint.to_json({**state, "step": step}), checkpoint.gather(model, optimizers)
         if not self.background:
-            outcome = self._save(step, _on_cpu(tensors), text, start)
-            self._ended.append(outcome)
+            self._ended.append(self._save(step, _on_cpu(tensors), text, start))
             return
         buffers = self._copied.result() if self._copied and not self._copied.exception() else {}
         self._copied = checkpoint.in_thread(partial(_copy, tensors, buffers))
@@ -101,8 +101,7 @@ class Saver:
 
     def outcomes(self) -> list[Outcome]:
         """Returns how the saves went that have ended since the last call."""
-        ended, self._ended = self._ended, []
-        return ended
+        return [self._ended.popleft() for _ in range(len(self._ended))]
 
     def save_outliving(self, step: int, model: nn.Module, optimizers: list, state: dict) -> None:
         """Saves at once, also where this process is killed meanwhile, as a launcher does with all that it has started.
@@ -140,8 +139,7 @@ class Saver:
             return
         if sys.platform == "linux":  # elsewhere a thread has no priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        outcome = self._save(step, tensors, text, start, together=False)  # a second core may be training's
-        self._ended.append(outcome)  # `outcomes` may have put another list in its place meanwhile
+        self._ended.append(self._save(step, tensors, text, start, together=False))  # a second core may be training's
 
     def _save(self, step: int, tensors: Tensors, text: bytes, start: float, together: bool = True) -> Outcome:
         path, error = None, ""
@@ -163,13 +161,9 @@ class Saver:
             disk.remove(leftover)
         paths = [path for number, path in checkpoint.steps(self.folder) if number <= step]
         stay = set(paths[: self.keep])
-        losses = (
-            {path: loss for path in paths if (loss := checkpoint.eval_loss(path)) is not None}
-            if self.keep_best
-            else {}
-        )
-        if losses:
-            stay.add(min(losses, key=losses.__getitem__))
+        if self.keep_best:
+            losses = {path: loss for path in paths if (loss := checkpoint.eval_loss(path)) is not None}
+            stay.update(sorted(losses, key=losses.__getitem__)[:1])
         for path in paths:
             if path not in stay:
                 deleted = path.with_name(f".deleted-{path.name}")

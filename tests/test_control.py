@@ -108,9 +108,11 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
     assert subprocess.run([sys.executable, "-c", program], timeout=50).returncode == 130
 
 
-@pytest.mark.parametrize("launcher", ["forge", "accelerate"])
-@pytest.mark.parametrize("how", ["closed terminal", "Ctrl-C for a pipe"])
-def test_a_run_whose_output_nobody_reads_any_more_is_saved(how, launcher, tmp_path, free_port):
+@pytest.mark.parametrize(
+    ("launcher", "how"),
+    [("forge", "closed terminal"), ("accelerate", "closed terminal"), ("forge", "Ctrl-C for a pipe")],
+)
+def test_a_run_whose_output_nobody_reads_any_more_is_saved(launcher, how, tmp_path, free_port):
     """A window that is closed sends SIGHUP; Ctrl-C before a `| tee log` ends `tee` too."""
     words = [BIN / "p2p-llm-forge", "--processes-per-node", 2, "--master-port", free_port]
     if launcher == "accelerate":

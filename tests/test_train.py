@@ -62,7 +62,7 @@ def test_two_hosts_keep_the_trajectory(start, trained, hosts, tmp_path, per_host
         )
         shares = ["--shares", "2:1:1"] if sum(per_host) == 3 else []
         words = [*launcher, "scripts/train.py", *FLAGS, *shares, "--output-dir", tmp_path / f"host{rank}"]
-        running.append(start(words, prefix=machines.on(rank + 1)))
+        running.append(start(words, prefix=[*machines.on(rank + 1), "env", "OMP_NUM_THREADS=1"]))
     ended = [each.finish(180) for each in running]
     assert [each.code for each in ended] == [0, 0], ended[0].output + ended[1].output
     assert "on 2 machines" in ended[0].output
