@@ -252,7 +252,6 @@ def test_a_firewall_that_opens_the_port_alone_is_named(check, hosts):
 
 
 @netns
-@pytest.mark.networks
 def test_a_public_main_address_is_warned_of_in_one_line(check, hosts):
     machines = hosts(2)
     for n in (1, 2):

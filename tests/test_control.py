@@ -134,16 +134,19 @@ def test_a_run_whose_output_nobody_reads_any_more_is_saved(launcher, how, tmp_pa
         preexec_fn=take_terminal,
     )
     os.close(writing)
-    output = b""
-    while b"step 5/" not in output:
-        read = os.read(reading, 1 << 16)
-        assert read, output
-        output += read
-    os.close(reading)
-    if how != "closed terminal":
-        os.killpg(process.pid, signal.SIGINT)
-    code = process.wait(60)
-    assert code == 0 or launcher == "accelerate"  # its launcher reports a signal to itself as a failure
+    try:
+        output = b""
+        while b"step 5/" not in output:
+            read = os.read(reading, 1 << 16)
+            assert read, output
+            output += read
+        os.close(reading)
+        if how != "closed terminal":
+            os.killpg(process.pid, signal.SIGINT)
+        code = process.wait(60)
+        assert code == 0 or launcher == "accelerate"  # its launcher reports a signal to itself as a failure
+    finally:
+        process.kill()  # and all that it has started, where it lives
     saved, stopped = rows(tmp_path / "run", "event")[-2:]
     assert (saved["event"], stopped["event"]) == ("checkpoint", "stop")
     assert checkpoint.verify(tmp_path / "run" / "checkpoints" / f"step-{saved['step']:08d}") is None
