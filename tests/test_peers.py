@@ -12,7 +12,7 @@ import torch.distributed as dist
 from conftest import QUIET, SHORT, processes
 
 from forge_lib import peers
-from forge_lib.config import World
+from forge_lib.config import UserError, World
 from forge_lib.peers import PeerLostError
 
 pytestmark = pytest.mark.usefixtures("short_farewell")
@@ -105,3 +105,17 @@ def test_mistakes_need_no_launcher(run):
         ended.output
         == "train.py: error: unknown flag --batchsize; did you mean --batch-size?; --help lists all flags\n"
     )
+
+
+def test_a_mistake_is_what_a_process_ends_with_though_its_launcher_tells_it_to_stop(capsys):
+    """SIGTERM comes while it is on its way out for a mistake of its own, or after it has heard of another's."""
+    with pytest.raises(SystemExit, match="2"), peers.one_message("x.py"):
+        try:
+            raise UserError("a wrong flag")
+        except UserError:
+            raise peers.Stopped("SIGTERM before the first step")  # noqa: B904 (as a signal does)
+    assert capsys.readouterr().err == "x.py: error: a wrong flag\n"
+    one = peers.Peers(World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=1))
+    one._verdict = {"kind": "mistake", "text": "alder (process 1): a wrong flag", "rank": 1}
+    found = one._settle(peers.Stopped("SIGTERM before the first step"))
+    assert isinstance(found, UserError) and str(found) == "alder (process 1): a wrong flag"
