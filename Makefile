@@ -58,10 +58,10 @@ networks: .venv/ready-dev
 	$(BIN)/python -m pytest -m networks
 
 soak: .venv/ready-dev
-	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
+	$(BIN)/python tests/faults/soak.py --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
 forecast: .venv/ready-dev
-	$(BIN)/python tests/forecast.py
+	$(BIN)/python tests/check/forecast.py
 
 clean:
 	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache

@@ -20,11 +20,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from forge_lib import checkpoint, disk
-from forge_lib import model as models
-from forge_lib.config import ModelNameConfig, TrainConfig, UserError, flag, parse_config
-from forge_lib.peers import one_message
-from forge_lib.saver import Saver
+from forge_lib import disk
+from forge_lib.checkpoints import format as checkpoint
+from forge_lib.checkpoints.saver import Saver
+from forge_lib.config import ModelNameConfig, TrainConfig, flag
+from forge_lib.distributed.peers import report_errors
+from forge_lib.errors import UserError
+from forge_lib.flags import parse_config
+from forge_lib.models import model as models
 
 WARM_LOOPS = 6  # until the most memory that training alone takes has been taken
 
@@ -154,5 +157,5 @@ def take(rounds: int, call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    with one_message("benchmark.py"):
+    with report_errors("benchmark.py"):
         main(parse_config(BenchmarkConfig, sys.argv[1:], description=__doc__))

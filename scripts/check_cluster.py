@@ -35,11 +35,17 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from forge_lib import batches, cluster, control, corpus, forecast, links, topology
-from forge_lib import model as models
-from forge_lib.arrival import Arrival, Outcome, Problem
-from forge_lib.config import TrainConfig, UserError, World, flag, flag_name, parse_config
-from forge_lib.peers import PeerLostError, Peers, Stopped, one_message
+from forge_lib.check import forecast, links
+from forge_lib.check.arrival import Arrival, Outcome, Problem
+from forge_lib.cluster import topology
+from forge_lib.config import TrainConfig, flag, flag_name
+from forge_lib.data import batches, corpus
+from forge_lib.distributed import agreement as cluster
+from forge_lib.distributed.peers import Peers, report_errors
+from forge_lib.errors import PeerLostError, Stopped, UserError
+from forge_lib.flags import parse_config
+from forge_lib.models import model as models
+from forge_lib.process import World, die_with_parent
 
 ALL_REDUCE_BYTES = (1 << 16, 1 << 20, 1 << 23)
 FACTS = {"host", "address", "interface", "system", "versions", "processes", "device", "cores", "memory_bytes"}
@@ -221,10 +227,10 @@ def measure(
         device = cluster.choose_device("cpu" if group.device_of(own) == "cpu" else "auto", world)
         precision = group.mixed_precision if config.mixed_precision == "auto" else config.mixed_precision
         run = TrainConfig(model_name="-", dataset_path="-", output_dir="-", mixed_precision=precision)
-        peers.say("measuring its speed")
+        peers.set_status("measuring its speed")
         facts = cluster.local_facts(run, world, device) | {"host": own.name}
         facts["copy_bandwidth"] = forecast.copy_bandwidth(device)
-        agreement = cluster.agree(peers.exchange(facts), run)
+        agreement = cluster.agree(peers.all_gather(facts), run)
         for machine, peer in zip(group.machines, agreement.peers, strict=True):
             report["machines"][machine.name] |= {name: peer[name] for name in ("flops", "copy_bandwidth")}
         report["warnings"] += [line for line in agreement.warnings if line not in report["warnings"]]
@@ -241,7 +247,7 @@ def measure(
                 if config.model_name:
                     mine = workers.run("measuring the model", measure_model, config)
             if config.model_name:
-                found = [each for facts in peers.exchange({"found": mine}, "speeds") for each in facts["found"]]
+                found = [each for facts in peers.all_gather({"found": mine}, "speeds") for each in facts["found"]]
                 speeds = [forecast.Speed(**each["speed"]) for each in found]
                 network = forecast.Network(0.0, math.inf)
                 if group.num_processes > 1:
@@ -249,12 +255,12 @@ def measure(
                 report["forecast"] = make_forecast(
                     config, len(group.machines), shares, speeds, found[0]["sizes"], network
                 )
-        peers.meet("end")
+        peers.barrier("end")
         if world.process_index:
-            peers.post(f"leaves/{world.process_index}", "yes")
+            peers.set_first(f"leaves/{world.process_index}", "yes")
         else:  # the store ends with this process
             for rank in range(1, world.num_processes):
-                peers.read(f"leaves/{rank}")
+                peers.get_first(f"leaves/{rank}")
             time.sleep(LEAVE_SECONDS)
 
 
@@ -269,11 +275,11 @@ def measure_links(names: list[str], agreement: cluster.Agreement, world: World, 
     addresses = [peer["address"] for peer in agreement.peers]
     mine: dict[str, dict] = {}
     with links.listen(addresses[world.process_index]) as listener:
-        ports = [facts["port"] for facts in peers.exchange({"port": listener.getsockname()[1]}, "ports")]
+        ports = [facts["port"] for facts in peers.all_gather({"port": listener.getsockname()[1]}, "ports")]
         for number, pairs in enumerate(links.rounds(len(names))):
             for way, turn in enumerate((pairs, [(b, a) for a, b in pairs])):
-                peers.say("measuring its links")
-                peers.meet(f"links/{number}/{way}")
+                peers.set_status("measuring its links")
+                peers.barrier(f"links/{number}/{way}")
                 for sender, receiver in turn:
                     link = mine.setdefault(f"{sender}/{receiver}", {})
                     try:
@@ -283,7 +289,7 @@ def measure_links(names: list[str], agreement: cluster.Agreement, world: World, 
                             link["bytes_per_second"] = links.receive(listener)
                     except links.LinkError as error:
                         link["error"] = str(error)
-        found = peers.exchange(mine, "links")
+        found = peers.all_gather(mine, "links")
     return [
         {"from": names[a], "to": names[b]} | found[b].get(f"{a}/{b}", {}) | found[a].get(f"{a}/{b}", {})
         for a in range(len(names))
@@ -327,7 +333,7 @@ class Workers:
         self.peers = peers
 
     def __enter__(self):
-        self.peers.say("starting its processes")
+        self.peers.set_status("starting its processes")
         context = multiprocessing.get_context("spawn")
         self.ready = context.Barrier(len(self.places) + 1)
         self.pool = context.Pool(len(self.places), _begin, (self.ready,))
@@ -338,12 +344,12 @@ class Workers:
 
     def run(self, what: str, call: Callable[..., dict], *args: Any) -> list[dict]:
         """Makes a call in each process, with its place, at the same time on all machines; returns what they return."""
-        self.peers.say(what)
+        self.peers.set_status(what)
         found = self.pool.map_async(_call_in_step, [(call, place, args) for place in self.places], chunksize=1)
         while self.ready.n_waiting < len(self.places) and not found.ready():
             self._look(found)
         if not found.ready():  # else one has failed
-            self.peers.meet(what)
+            self.peers.barrier(what)
             self.ready.wait()
         while not found.ready():
             self._look(found)
@@ -361,7 +367,7 @@ def _begin(ready: Any) -> None:
     """Keeps what cannot be sent to a process that has begun; a process ends with the check."""
     global _ready
     _ready = ready
-    control.die_with_parent(signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all of a terminal; the check ends them
 
 
@@ -597,5 +603,5 @@ def gigabytes(num_bytes: float) -> str:
 
 
 if __name__ == "__main__":
-    with one_message("check_cluster.py"):
+    with report_errors("check_cluster.py"):
         sys.exit(0 if main(parse_config(CheckConfig, sys.argv[1:], description=__doc__, positional="cluster")) else 1)

@@ -20,19 +20,15 @@ from datetime import timedelta
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from forge_lib import batches, cluster, corpus, metrics
-from forge_lib import model as models
-from forge_lib.config import (
-    BlockConfig,
-    DataConfig,
-    ModelNameConfig,
-    UserError,
-    World,
-    WorldConfig,
-    flag,
-    parse_config,
-)
-from forge_lib.peers import Peers, one_message
+from forge_lib.config import BlockConfig, DataConfig, ModelNameConfig, WorldConfig, flag
+from forge_lib.data import batches, corpus
+from forge_lib.distributed import agreement as cluster
+from forge_lib.distributed.peers import Peers, report_errors
+from forge_lib.errors import UserError
+from forge_lib.flags import parse_config
+from forge_lib.models import model as models
+from forge_lib.process import World
+from forge_lib.training import metrics
 
 
 @dataclass(kw_only=True)
@@ -70,16 +66,16 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         tokenizer = models.load_tokenizer(config)
         model = models.load_trained_model(config)
         models.check_positions(model.config, config.sequence_length)
-        store = corpus.prepare_store(config, tokenizer, progress=peers.say)
+        store = corpus.prepare_store(config, tokenizer, progress=peers.set_status)
         stream = batches.TokenStream(store.tokens, store.documents)
         if config.eval_fraction:
             _, stream = batches.split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
         dataset = batches.BlockDataset(stream, config.sequence_length, config.mask_documents, keep_tail=True)
         written_metrics = metrics.load_metrics(config.metrics)
-        agreement = cluster.agree(peers.exchange(cluster.local_facts(config, world, device)), config)
+        agreement = cluster.agree(peers.all_gather(cluster.local_facts(config, world, device)), config)
         facts = {"host": peers.host, "weights": models.hash_weights(model), "random_weights": False}
         facts["fingerprints"] = {"--dataset-path": store.fingerprint}
-        cluster.compare(peers.exchange(facts, "inputs"))
+        cluster.compare(peers.all_gather(facts, "inputs"))
         for line in agreement.warnings if world.process_index == 0 else []:
             print(line, file=sys.stderr)
 
@@ -98,7 +94,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             dataset,
             config.micro_batch_size,
             tokens_per_byte,
-            meet=lambda: peers.meet("evaluated"),
+            meet=lambda: peers.barrier("evaluated"),
         )
         if accelerator.is_main_process:
             if written_metrics:
@@ -106,7 +102,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
                 for metric in written_metrics:
                     results |= metric.compute(predictions=predictions, references=references)
             print(json.dumps(results, indent=2, default=float))
-        peers.meet("end")
+        peers.barrier("end")
         accelerator.end_training()
     return results
 
@@ -131,5 +127,5 @@ def write_on(config: EvaluateConfig, model, tokenizer, stream: batches.TokenStre
 
 
 if __name__ == "__main__":
-    with one_message("evaluate.py"):
+    with report_errors("evaluate.py"):
         main(parse_config(EvaluateConfig, sys.argv[1:], description=__doc__))

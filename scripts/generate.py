@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from transformers import TextStreamer
 
-from forge_lib import model as models
-from forge_lib.config import ModelNameConfig, UserError, flag, parse_config
-from forge_lib.peers import one_message
+from forge_lib.config import ModelNameConfig, flag
+from forge_lib.distributed.peers import report_errors
+from forge_lib.errors import UserError
+from forge_lib.flags import parse_config
+from forge_lib.models import model as models
 
 
 @dataclass(kw_only=True)
@@ -56,5 +58,5 @@ def main(config: GenerateConfig) -> str:
 
 
 if __name__ == "__main__":
-    with one_message("generate.py"):
+    with report_errors("generate.py"):
         main(parse_config(GenerateConfig, sys.argv[1:], description=__doc__))

@@ -20,10 +20,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from forge_lib import overlay, topology
-from forge_lib.cluster import ARPHRD_NONE
-from forge_lib.config import UserError, flag, parse_config
-from forge_lib.peers import one_message
+from forge_lib.cluster import topology
+from forge_lib.cluster import wireguard as overlay
+from forge_lib.config import flag
+from forge_lib.distributed.agreement import ARPHRD_NONE
+from forge_lib.distributed.peers import report_errors
+from forge_lib.errors import UserError
+from forge_lib.flags import parse_config
 
 EXAMPLE = "--model-name data/tiny_gpt2 --dataset-path data/sample_corpus.txt --sample-by paragraph "
 EXAMPLE += "--sequence-length 128 --max-steps 100"
@@ -134,5 +137,5 @@ def print_commands(cluster: topology.Cluster, path: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with one_message("make_configs.py"):
+    with report_errors("make_configs.py"):
         main(parse_config(MakeConfig, sys.argv[1:], description=__doc__, positional="cluster"))

@@ -10,11 +10,13 @@ Run again on unchanged input, it returns at once.
 import sys
 from dataclasses import MISSING, dataclass
 
-from forge_lib import corpus
-from forge_lib import model as models
-from forge_lib.config import DataConfig, ModelNameConfig, UserError, flag, parse_config
-from forge_lib.peers import one_message
-from forge_lib.token_store import is_store
+from forge_lib.config import DataConfig, ModelNameConfig, flag
+from forge_lib.data import corpus
+from forge_lib.data.token_store import is_store
+from forge_lib.distributed.peers import report_errors
+from forge_lib.errors import UserError
+from forge_lib.flags import parse_config
+from forge_lib.models import model as models
 
 
 @dataclass(kw_only=True)
@@ -46,5 +48,5 @@ def main(config: PrepareConfig) -> None:
 
 
 if __name__ == "__main__":
-    with one_message("prepare_data.py"):
+    with report_errors("prepare_data.py"):
         main(parse_config(PrepareConfig, sys.argv[1:], description=__doc__))

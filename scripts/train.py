@@ -34,11 +34,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from forge_lib import batches, cluster, control, metrics, start
-from forge_lib import model as models
-from forge_lib.config import TrainConfig, UserError, World, flag_name, parse_config
-from forge_lib.peers import GO_ON, HANG_SECONDS, DivergedError, PeerLostError, Peers, Stopped, one_message
-from forge_lib.saver import Saver
+from forge_lib.checkpoints.saver import Saver
+from forge_lib.config import TrainConfig, flag_name
+from forge_lib.data import batches
+from forge_lib.distributed import agreement as cluster
+from forge_lib.distributed.lock import RunLock
+from forge_lib.distributed.peers import HANG_SECONDS, Peers, report_errors
+from forge_lib.errors import RESUME_HINT, DivergedError, PeerLostError, Stopped, UserError
+from forge_lib.flags import parse_config
+from forge_lib.models import model as models
+from forge_lib.process import World, die_with_launcher, ignore_output_errors
+from forge_lib.training import metrics, start
+from forge_lib.training.stop import StopRequest
 
 logger = logging.getLogger("forge")
 
@@ -55,12 +62,12 @@ def main(config: TrainConfig) -> Path:
     """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     world = World.from_environment()
-    control.die_with_launcher(world)
+    die_with_launcher(world)
     output_dir = Path(config.output_dir).expanduser()
     with (
-        control.StopRequest(Stopped) as stop,
+        StopRequest(Stopped) as stop,
         Peers(world, config.timeout_seconds) as peers,
-        control.RunLock(output_dir) as lock,
+        RunLock(output_dir) as lock,
     ):
         trackers = metrics.check_trackers(config.report_to)
         shares = batches.divide_batch(config.batch_size, config.shares, world.num_processes)
@@ -109,8 +116,8 @@ def train(
     run: Run,
     optimizers: list[torch.optim.Optimizer],
     state: dict | None,
-    stop: control.StopRequest,
-    lock: control.RunLock,
+    stop: StopRequest,
+    lock: RunLock,
 ) -> Path:
     """Trains until the end, or until it is told to stop; all processes do the same things in the same order.
 
@@ -132,7 +139,7 @@ def train(
     loader = DataLoader(inputs.dataset, batch_sampler=sampler, pin_memory=accelerator.device.type == "cuda")
     begin_log(run, state)
     lock.at(first_step)
-    run.peers.last_words = lambda error: last_words(run, error)
+    run.peers.on_peer_error = lambda error: on_peer_error(run, error)
     dtype = "fp32" if run.agreement.mixed_precision == "no" else "bf16"
     peak_flops = sum(peer["flops"].get(dtype, peer["flops"]["fp32"]) for peer in run.agreement.peers)
     throughput = metrics.Throughput(accelerator.unwrap_model(model), config.sequence_length, peak_flops)
@@ -150,11 +157,11 @@ def train(
         batch_iterator = iter(loader)
         for step in range(first_step, plan.num_steps):  # counts from 0; steps done are logged, from 1
             step_start = time.perf_counter()
-            run.peers.say("reading its batch")
+            run.peers.set_status("reading its batch")
             inputs.store.check_unchanged()
             batch = next(batch_iterator)
             data_seconds = time.perf_counter() - step_start
-            run.peers.say("computing")
+            run.peers.set_status("computing")
             torch.manual_seed(hash((config.seed, step, accelerator.process_index)) % (1 << 63))  # for dropout
             num_targets = max(1, inputs.dataset.num_targets(plan.batch(step)))
             for optimizer in optimizers:
@@ -181,7 +188,7 @@ def train(
             loss_sum, num_stopping = totals.tolist()  # the same on all processes, as grad_norm is
             mean_loss = loss_sum / num_targets
             if num_stopping:
-                stopped_by = run.peers.read("stop")
+                stopped_by = run.peers.get_first("stop")
                 stop.limit(config.grace_seconds)
                 logger.info(f"stopping after step {step + 1}: {stopped_by}")
 
@@ -303,7 +310,7 @@ def begin_totals(run: Run, losses: list[torch.Tensor], stop_reason: str) -> tupl
         A tensor [2] of both, and a function that waits until it is complete.
     """
     if stop_reason:
-        run.peers.post("stop", stop_reason)
+        run.peers.set_first("stop", stop_reason)
     dtype = metrics.sum_dtype(run.accelerator.device)
     totals = torch.stack([torch.stack(losses).sum().to(dtype), losses[0].new_tensor(bool(stop_reason), dtype=dtype)])
     if run.accelerator.num_processes == 1:
@@ -340,7 +347,7 @@ def skip_step(run: Run, step: int, losses: list[torch.Tensor], samples: list[int
 
 def evaluate(run: Run, model: torch.nn.Module, step: int) -> dict[str, float]:
     """Measures the model on the held-out blocks, logs and returns what it found. Call on all processes."""
-    run.peers.say("evaluating")
+    run.peers.set_status("evaluating")
     run.inputs.eval_store.check_unchanged()
     start = time.monotonic()
     store = run.inputs.eval_store.manifest
@@ -350,7 +357,7 @@ def evaluate(run: Run, model: torch.nn.Module, step: int) -> dict[str, float]:
         run.inputs.eval_dataset,
         run.config.micro_batch_size,
         tokens_per_byte=store["num_tokens"] / store["num_text_bytes"],
-        meet=lambda: run.peers.meet(f"evaluated/{step}"),
+        meet=lambda: run.peers.barrier(f"evaluated/{step}"),
     )
     run.timeout.paused(time.monotonic() - start)
     results["eval_loss"] = results.pop("loss")
@@ -384,18 +391,18 @@ def name_straggler(run: Run, step: int, seconds: list[float]) -> None:
 
 def write_sample(run: Run, model: torch.nn.Module, step: int) -> None:
     """Lets the main process write some text, for which the others wait. Call on all processes."""
-    run.peers.say("writing a sample")
+    run.peers.set_status("writing a sample")
     if run.accelerator.is_main_process:
         model = run.accelerator.unwrap_model(model)
         text = models.generate_text(model, run.inputs.tokenizer, run.config.sample_prompt, run.config.seed)
         run.log.write(step=step, event="sample", text=text)
         logger.info(f"step {step}: sample: {text}")
-    run.peers.meet(f"sample/{step}")
+    run.peers.barrier(f"sample/{step}")
 
 
 def check_replicas(run: Run, model: torch.nn.Module, optimizers: list, step: int) -> None:
     """Compares weights and optimizer state of all processes; call on all. DivergedError where they are not equal."""
-    run.peers.say("comparing its replica")
+    run.peers.set_status("comparing its replica")
     replica = cluster.replica(run.accelerator.unwrap_model(model), optimizers)
     if diverged := cluster.find_diverged(run.accelerator, replica, run.agreement):
         run.log.write(step=step, event="diverged", message=diverged)
@@ -410,7 +417,7 @@ def save(run: Run, model: torch.nn.Module, optimizers: list, step: int, facts: d
         facts: of this step, for the checkpoint's state.
         last: the run ends with it: it is waited for, and outlives a launcher that kills this process.
     """
-    run.peers.say("saving")
+    run.peers.set_status("saving")
     start = time.monotonic()
     finish_saves(run, f"save/{step}")
     if run.saves:
@@ -419,10 +426,10 @@ def save(run: Run, model: torch.nn.Module, optimizers: list, step: int, facts: d
     if last:
         finish_saves(run, f"last/{step}")
         saved = run.saver.last_step == step
-        if not any(facts["saved"] for facts in run.peers.exchange({"saved": saved}, f"saved/{step}")):
-            raise UserError(f"step {step} could not be saved on any machine: make room on a disk. {GO_ON}")
+        if not any(facts["saved"] for facts in run.peers.all_gather({"saved": saved}, f"saved/{step}")):
+            raise UserError(f"step {step} could not be saved on any machine: make room on a disk. {RESUME_HINT}")
     elif not run.config.checkpoint_async:
-        run.peers.meet(f"saved/{step}")
+        run.peers.barrier(f"saved/{step}")
     run.timeout.paused(time.monotonic() - start)
 
 
@@ -435,7 +442,7 @@ def finish_saves(run: Run, name: str) -> None:
     report_saves(run)
     mine = {"failed_saves": list(run.failed_saves)}
     run.failed_saves.clear()
-    for rank, theirs in enumerate(run.peers.exchange(mine, name, HANG_SECONDS)):
+    for rank, theirs in enumerate(run.peers.all_gather(mine, name, HANG_SECONDS)):
         if run.accelerator.is_main_process and rank != run.world.process_index:
             for failed in theirs["failed_saves"]:
                 say_failed(run, failed)
@@ -469,7 +476,7 @@ def wait_for_save(run: Run) -> None:
     report_saves(run)
 
 
-def last_words(run: Run, error: BaseException) -> None:
+def on_peer_error(run: Run, error: BaseException) -> None:
     """When this process ends for an error that another one has caused."""
     wait_for_save(run)
     if isinstance(error, PeerLostError):
@@ -478,7 +485,7 @@ def last_words(run: Run, error: BaseException) -> None:
 
 def finish(run: Run, model: torch.nn.Module, results: dict, final: Path, stopped_by: str) -> None:
     """Waits for the last checkpoint and, unless the run was stopped, writes the final model; call on all processes."""
-    run.peers.say("finishing")
+    run.peers.set_status("finishing")
     run.saver.wait()
     report_saves(run)
     if stopped_by:
@@ -492,7 +499,7 @@ def finish(run: Run, model: torch.nn.Module, results: dict, final: Path, stopped
         tracker.finish()  # it may take its time; at the meeting that is waited for
     run.accelerator.trackers = []
     finish_saves(run, "saves")
-    run.peers.meet("end")
+    run.peers.barrier("end")
     if stopped_by:
         run.peers.release_launchers()
 
@@ -579,5 +586,5 @@ def not_a_terminal(accelerator: Accelerator) -> bool:
 
 
 if __name__ == "__main__":
-    with control.lasting_output(), one_message("train.py"):
+    with ignore_output_errors(), report_errors("train.py"):
         main(parse_config(TrainConfig, sys.argv[1:], description=__doc__))

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from forge_lib.config import TrainConfig, UserError, parse_config
+from forge_lib.config import TrainConfig
+from forge_lib.errors import UserError
+from forge_lib.flags import parse_config
 
 NEEDED = ["--model-name", "m", "--dataset-path", "d", "--output-dir", "o"]
 

@@ -6,8 +6,9 @@ import pytest
 from conftest import BIN, QUIET, ROOT, SHORT, processes
 from transformers import GPT2Config
 
-from forge_lib.config import TrainConfig, parse_config
-from forge_lib.peers import one_message
+from forge_lib.config import TrainConfig
+from forge_lib.distributed.peers import report_errors
+from forge_lib.flags import parse_config
 from scripts import train as train_script
 
 
@@ -18,7 +19,7 @@ def script(capsys, monkeypatch, tmp_path):
 
     def script(*flags) -> tuple[int, str]:
         argv = [*SHORT, *QUIET, "--output-dir", str(tmp_path / "run"), *map(str, flags)]
-        with pytest.raises(SystemExit) as ended, one_message("train.py"):
+        with pytest.raises(SystemExit) as ended, report_errors("train.py"):
             train_script.main(parse_config(TrainConfig, argv))
         return ended.value.code, capsys.readouterr().err
 

@@ -10,8 +10,9 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 
-from forge_lib.config import UserError, parse_config
-from forge_lib.launch import ForgeConfig
+from forge_lib.errors import UserError
+from forge_lib.flags import parse_config
+from forge_lib.launch.launch import ForgeConfig
 
 PAGES = ["README.md", "README.tr.md", "CONTRIBUTING.md", "accelerate_configs/README.md", "data/README.md"]
 CONFIGS = {

@@ -1,0 +1,1 @@
+"""Text files to documents, to a token store, to blocks of tokens, to each process's share of a batch."""

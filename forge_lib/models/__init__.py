@@ -1,0 +1,1 @@
+"""Tokenizer and model: loading, loss, optimizers, generation, and the folder of the final model."""

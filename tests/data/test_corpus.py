@@ -1,0 +1,275 @@
+"""From text in any format to a token store."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import zstandard
+from conftest import ROOT
+from transformers import AutoTokenizer
+
+from forge_lib.config import DataConfig
+from forge_lib.data import corpus
+from forge_lib.data.token_store import TokenStore, is_store, open_store
+from forge_lib.errors import UserError
+
+DOCUMENTS = [
+    "The harbour is quiet.\nA boat comes in.",
+    "Deniz çok güzel, İstanbul'da.",
+    "Third — with €, 漢字 and 🙂.",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_gpt2")
+
+
+def make(tokenizer, path, folder=None, **options) -> TokenStore:
+    return corpus.prepare_store(DataConfig(dataset_path=str(path), **options), tokenizer, folder, lambda state: None)
+
+
+def texts(store, tokenizer) -> list[str]:
+    """The documents of a store, decoded; each must end with the end-of-text token."""
+    found = []
+    for start, stop in zip(store.documents[:-1], store.documents[1:], strict=True):
+        ids = store.tokens[int(start) : int(stop)].tolist()
+        assert ids[-1] == tokenizer.eos_token_id
+        found.append(tokenizer.decode(ids[:-1]))
+    return found
+
+
+def write(folder, name: str) -> None:
+    """Writes DOCUMENTS in the format that the name says."""
+    frame = pd.DataFrame({"text": DOCUMENTS})
+    kind, *compression = name.removeprefix("corpus.").split(".")
+    data = {
+        "txt": lambda: "\n\n\n".join(DOCUMENTS).encode(),
+        "md": lambda: ("\n\n".join(DOCUMENTS) + "\n").encode(),
+        "json": lambda: frame.to_json(orient="records").encode(),
+        "jsonl": lambda: "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode(),
+        "csv": lambda: frame.to_csv(index=False).encode(),
+        "parquet": lambda: frame.to_parquet(index=False),
+    }[kind]()
+    compress = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}
+    (folder / name).write_bytes(compress[compression[0]](data) if compression else data)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["txt", "md", "json", "jsonl", "csv", "parquet"])
+def test_every_format_gives_the_same_documents(tmp_path, tokenizer, kind, suffix):
+    name = f"corpus.{kind}{suffix}"
+    write(tmp_path, name)
+    store = make(tokenizer, tmp_path / name, sample_by="paragraph")
+    assert texts(store, tokenizer) == DOCUMENTS
+    assert store.manifest["num_text_bytes"] == sum(len(text.encode()) for text in DOCUMENTS)
+
+
+def test_folders_are_read_in_order_with_all_their_formats_and_empty_files_are_counted(tmp_path, tokenizer):
+    for name, text in [("b/2.txt", "two"), ("a/1.md", "one"), ("c.jsonl", '{"text": "three"}\n'), ("d.txt", "")]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
+    store = make(tokenizer, tmp_path)
+    assert texts(store, tokenizer) == ["one", "two", "three"]
+    assert (store.manifest["source"]["num_files"], store.manifest["source"]["num_empty_files"]) == (3, 1)
+    assert texts(make(tokenizer, tmp_path / "*" / "*.txt"), tokenizer) == ["two"]
+
+
+@pytest.mark.parametrize(
+    ("sample_by", "expected"),
+    [("document", ["a b\nc\n\n d\n\ne\n"]), ("paragraph", ["a b\nc", " d", "e"]), ("line", ["a b", "c", " d", "e"])],
+)
+def test_sample_by_decides_what_a_document_is(tmp_path, tokenizer, sample_by, expected):
+    (tmp_path / "x.txt").write_text("a b\nc\n\n d\n\ne\n")
+    assert texts(make(tokenizer, tmp_path / "x.txt", sample_by=sample_by), tokenizer) == expected
+
+
+def test_a_bom_and_crlf_make_no_difference(tmp_path, tokenizer):
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree")
+    assert texts(make(tokenizer, tmp_path / "x.txt", sample_by="paragraph"), tokenizer) == ["one\ntwo", "three"]
+
+
+@pytest.mark.parametrize(
+    ("data", "offset"),
+    [
+        (b"abc\xffdef", 3),
+        (b"\xef\xbb\xbfabc\xff", 6),
+        (b"a" * ((1 << 18) - 1) + "é".encode() + b"\xff", (1 << 18) + 1),
+        (b"ends in the middle \xe2\x82", 19),
+        (b"zero \0 byte", 5),
+    ],
+)
+def test_bytes_that_are_not_text_are_named_with_file_and_offset(tmp_path, tokenizer, data, offset):
+    (tmp_path / "bad.txt").write_bytes(data)
+    with pytest.raises(UserError, match=rf"bad\.txt: .*offset {offset}\b.*--encoding-errors replace"):
+        make(tokenizer, tmp_path)
+    assert make(tokenizer, tmp_path, encoding_errors="replace").manifest["num_documents"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "options", "message"),
+    [
+        ("x.jsonl", b'{"body": "a"}\n', {}, r"no column 'text'; it has 'body': name one with --text-column"),
+        ("x.jsonl", b'{"text": 3}\n', {}, "holds int, expected text"),
+        ("x.jsonl", b'{"text": "a"\n', {}, "not readable as json"),
+        ("x.jsonl", b'{"text": "\xff"}\n', {}, "offset 10 is not UTF-8"),
+        ("x.txt", b" \n\n", {}, "no text but white space"),
+        ("x.txt", b"", {}, "empty: 1 file"),
+        ("x.txt.gz", b"no gzip", {}, "not readable"),
+        ("x.pdf", b"%PDF", {}, "unknown kind of file; expected txt, md, json"),
+        ("x.parquet", b"no parquet", {}, "not readable as parquet"),
+    ],
+)
+def test_input_that_cannot_be_used_is_named(tmp_path, tokenizer, name, data, options, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        make(tokenizer, tmp_path / name, tmp_path / "store", **options)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("path", ["nowhere.txt", "/no/such/folder", "no*.txt"])
+def test_a_path_that_is_not_there_is_named(tokenizer, path):
+    with pytest.raises(UserError, match=r"--dataset-path .*no "):
+        make(tokenizer, path)
+
+
+def test_unchanged_input_is_not_read_again_and_changed_input_is(tmp_path, tokenizer):
+    (tmp_path / "x.txt").write_text("one")
+    before = make(tokenizer, tmp_path / "x.txt", tmp_path / "store")
+    made = os.stat(tmp_path / "store" / "tokens.bin")
+    assert make(tokenizer, tmp_path / "x.txt", tmp_path / "store").fingerprint == before.fingerprint
+    assert os.stat(tmp_path / "store" / "tokens.bin").st_ino == made.st_ino
+    (tmp_path / "x.txt").write_text("other")
+    after = make(tokenizer, tmp_path / "x.txt", tmp_path / "store")
+    assert texts(after, tokenizer) == ["other"]
+    assert after.fingerprint != before.fingerprint
+
+
+def test_a_folder_of_the_user_is_never_replaced(tmp_path, tokenizer):
+    (tmp_path / "x.txt").write_text("one")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.doc").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        make(tokenizer, tmp_path / "x.txt", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.doc").exists()
+
+
+def test_killed_in_the_middle_it_leaves_no_half_store(tmp_path, tokenizer):
+    (tmp_path / "x.txt").write_text("The boat comes in again.\n" * 500_000)
+    words = [sys.executable, "scripts/prepare_data.py", "--model-name", "data/tiny_gpt2"]
+    words += ["--dataset-path", str(tmp_path / "x.txt"), "--output-dir", str(tmp_path / "store")]
+    running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+    written = tmp_path / ".partial-store" / "tokens.bin"
+    while not (written.exists() and written.stat().st_size):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "x.txt").write_text("short now")
+    assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
+    assert texts(open_store(tmp_path / "store"), tokenizer) == ["short now"]
+    assert not (tmp_path / ".partial-store").exists()
+
+
+def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, tokenizer):
+    text = (ROOT / "data" / "sample_corpus.txt").read_text() * 4
+    (tmp_path / "x.txt").write_text(text)
+    store = make(tokenizer, tmp_path / "x.txt")
+    assert store.manifest["num_documents"] == 1
+    assert len(text) > 2 * corpus.READ_BYTES
+    whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert np.array_equal(store.tokens[:-1], whole)
+
+
+def test_memory_stays_flat_however_large_the_corpus(tmp_path):
+    """Ten times the text, in one document, takes no more memory, but for 48 MB of the allocator's slack."""
+    text = (ROOT / "data" / "sample_corpus.txt").read_text()
+    peaks = []
+    for times in (5, 50):
+        (tmp_path / "x.txt").write_text(text * times)
+        words = [sys.executable, "scripts/prepare_data.py", "--model-name", "data/tiny_gpt2"]
+        words += ["--dataset-path", str(tmp_path / "x.txt"), "--output-dir", str(tmp_path / f"store{times}")]
+        code = f"import resource, subprocess; assert subprocess.run({words!r}).returncode == 0; "
+        code += "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        peaks.append(int(ended.stdout.split("peak ")[1]))
+    assert peaks[1] < peaks[0] + (48 << 10), f"{peaks} KB"
+
+
+@pytest.mark.parametrize("held", ["another's manifest", "a store with a letter", "a damaged store", "tokens alone"])
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path, tokenizer, held):
+    folder = tmp_path / "store"
+    (tmp_path / "x.txt").write_text("one two three")
+    make(tokenizer, tmp_path / "x.txt", folder)
+    if held == "another's manifest":
+        (folder / "manifest.json").write_text('{"name": "a web page"}')
+    elif held == "a store with a letter":
+        (folder / "letter.txt").write_text("Dear Ann")
+        (tmp_path / "x.txt").write_text("another text")
+    elif held == "a damaged store":
+        os.truncate(folder / "tokens.bin", 2)
+    else:
+        (folder / "manifest.json").unlink()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=r"holds other files; name an empty|is damaged|has 2 bytes"):
+        make(tokenizer, tmp_path / "x.txt", folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_link_to_a_store_stays_and_what_was_cut_short_is_cleared_up(tmp_path, tokenizer):
+    (tmp_path / "x.txt").write_text("one two three")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "store").symlink_to(tmp_path / "there")
+    made = make(tokenizer, tmp_path / "x.txt", tmp_path / "store")
+    assert (tmp_path / "store").is_symlink() and is_store(tmp_path / "there")
+    (tmp_path / "there").rename(tmp_path / ".replaced-there")
+    assert make(tokenizer, tmp_path / "x.txt", tmp_path / "store").fingerprint == made.fingerprint
+    assert not (tmp_path / ".replaced-there").exists()
+
+
+def test_a_store_of_another_tokenizer_is_refused(tmp_path, tokenizer):
+    (tmp_path / "x.txt").write_text("one two three")
+    make(tokenizer, tmp_path / "x.txt", tmp_path / "store")
+    other = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_gpt2")
+    other.add_tokens(["<other>"])
+    with pytest.raises(UserError, match=r"made with the tokenizer of .* \(2048 tokens\).*\(2049 tokens\)"):
+        make(other, tmp_path / "store")
+
+
+def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path, tokenizer):
+    large = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_gpt2")
+    large.add_tokens([f"<{n}>" for n in range(70_000)])
+    (tmp_path / "x.txt").write_text("one <69999>")
+    store = make(large, tmp_path / "x.txt")
+    assert store.tokens.dtype == np.uint32
+    assert store.tokens.max() > 1 << 16
+
+
+def test_a_source_that_changes_while_it_is_tokenized_is_named_and_leaves_nothing(tmp_path, tokenizer):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).write_text("one two three")
+    config = DataConfig(dataset_path=str(tmp_path / "in"))
+
+    def meddle(state: str) -> None:
+        (tmp_path / "in" / "a.txt").write_text("one two")
+
+    with pytest.raises(UserError, match=r"a\.txt was changed while it was tokenized"):
+        corpus.prepare_store(config, tokenizer, tmp_path / "out" / "store", meddle)
+    assert [path.name for path in (tmp_path / "out").iterdir()] in ([], ["store.lock"])
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far_tokenizing_is(tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "LINE_SECONDS", 0)
+    (tmp_path / "x.txt").write_text("one two three")
+    make(tokenizer, tmp_path / "x.txt", tmp_path / "store")
+    assert "x.txt: 0.0 MB of text, " in capsys.readouterr().err
