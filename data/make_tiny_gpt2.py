@@ -1,10 +1,10 @@
-"""Write a tiny GPT-2 without weights: a byte-level BPE tokenizer of the sample corpus and a model configuration.
+"""Write a tiny GPT-2 without weights: a tokenizer trained on the sample corpus, and a model configuration.
 
     python data/make_tiny_gpt2.py
     python data/make_tiny_gpt2.py --corpus data/sample_corpus.txt --output data/tiny_gpt2
 
-`AutoTokenizer.from_pretrained` and `AutoConfig.from_pretrained` load the folder, `AutoModelForCausalLM.from_config`
-makes a model with random weights from it.
+Load the folder with `AutoTokenizer.from_pretrained` and `AutoConfig.from_pretrained`;
+`AutoModelForCausalLM.from_config` makes a model with random weights from the configuration.
 """
 
 import argparse
@@ -19,7 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(corpus: Path) -> Tokenizer:
-    """Return a byte-level BPE tokenizer trained on the documents of a text file; every UTF-8 text round-trips."""
+    """Return a byte-level BPE tokenizer trained on a UTF-8 text file; it decodes every text back unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,7 +35,7 @@ def train_tokenizer(corpus: Path) -> Tokenizer:
 
 
 def make_config(end_of_text_id: int) -> GPT2Config:
-    """Return the configuration of a GPT-2 with about one million parameters and no dropout."""
+    """Return the configuration of a GPT-2 with 1.1 million parameters and no dropout."""
     return GPT2Config(
         architectures=["GPT2LMHeadModel"],
         vocab_size=VOCAB_SIZE,
@@ -53,7 +53,7 @@ def make_config(end_of_text_id: int) -> GPT2Config:
 
 
 def main() -> None:
-    """Train the tokenizer, then write it and the configuration."""
+    """Train the tokenizer, then write it and the model configuration into the output folder."""
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description="Write the tokenizer and the configuration of a tiny GPT-2.")
     parser.add_argument("--corpus", type=Path, default=here / "sample_corpus.txt", help="UTF-8 text to train on")
