@@ -1,11 +1,12 @@
 """The command line and `--config` files: read into the dataclasses of forge_lib/config.py."""
 
 import argparse
+import copy
 import difflib
 import re
 import shutil
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,13 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(HfArgumentParser):
-    """HfArgumentParser that raises UserError instead of exiting."""
+    """HfArgumentParser that raises UserError instead of exiting, and leaves ranges to the dataclasses."""
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field) -> None:
+        field = copy.copy(field)
+        field.metadata = {key: value for key, value in field.metadata.items() if key != "limits"}
+        HfArgumentParser._parse_dataclass_field(parser, field)
 
     def error(self, message: str):
         raise UserError(re.sub(r"--\w+/(--[\w-]+)", r"\1", message))
