@@ -421,7 +421,7 @@ def save(run: Run, model: torch.nn.Module, optimizers: list, step: int, facts: d
     start = time.monotonic()
     finish_saves(run, f"save/{step}")
     if run.saves:
-        write = run.saver.save_outliving if last else run.saver.save
+        write = run.saver.save_surviving if last else run.saver.save
         write(step, run.accelerator.unwrap_model(model), optimizers, describe_state(run, step) | facts)
     if last:
         finish_saves(run, f"last/{step}")

@@ -47,13 +47,13 @@ def step_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def steps(folder: Path) -> list[tuple[int, Path]]:
+def list_steps(folder: Path) -> list[tuple[int, Path]]:
     """Returns (step, path) of the checkpoints in a folder, complete or not, newest first."""
     named = [(int(path.name[5:]), path) for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
     return sorted(((step, path) for step, path in named if path == step_path(folder, step)), reverse=True)
 
 
-def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Tensors:
+def collect_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Tensors:
     """Returns the tensors that a checkpoint keeps, where they lie now.
 
     Args:
@@ -76,7 +76,7 @@ def write(folder: Path, step: int, tensors: Tensors, state: bytes, together: boo
     Args:
         folder: the run's `checkpoints` folder, made where there is none. No other process writes there.
         step: optimizer steps done.
-        tensors: of `gather`, on the CPU and contiguous.
+        tensors: of `collect_tensors`, on the CPU and contiguous.
         state: the text of state.json, of `to_json`; it has `step` and `run`.
         together: whether the files are written at the same time, by a thread each, or in turn.
 
@@ -86,14 +86,14 @@ def write(folder: Path, step: int, tensors: Tensors, state: bytes, together: boo
     path = step_path(folder, step)
     under_way = _begin(path)
     writes = [partial(_write_tensors, under_way / file, named) for file, named in tensors.items()]
-    writes.append(partial(_write_bytes, under_way / "state.json", state))
+    writes.append(partial(write_bytes, under_way / "state.json", state))
     hashes = _together(writes) if together else [write() for write in writes]
     files = {
         file: {"bytes": (under_way / file).stat().st_size, "sha256": sha256}
         for file, sha256 in zip((*tensors, "state.json"), hashes, strict=True)
     }
     manifest = {"format_version": FORMAT_VERSION, "files": files}
-    _write_bytes(under_way / "manifest.json", to_json({**manifest, "sha256": _seal(manifest)}))
+    write_bytes(under_way / "manifest.json", to_json({**manifest, "sha256": _seal(manifest)}))
     disk.place(path)
     return path
 
@@ -122,7 +122,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     return sha256
 
 
-def _write_bytes(path: Path, data: bytes) -> str:
+def write_bytes(path: Path, data: bytes) -> str:
     path.write_bytes(data)
     disk.flush(path)
     return hashlib.sha256(data).hexdigest()
@@ -179,7 +179,7 @@ def find(folder: Path, resume: str, run: dict) -> Found:
         return Found()
     if resume == "auto":
         passed_over, foreign = [], []
-        for _, path in steps(folder):
+        for _, path in list_steps(folder):
             found = _examine(path, run)
             if found.path:
                 return Found(found.path, found.step, found.sha256, passed_over, foreign)
@@ -212,7 +212,7 @@ def adopt(path: Path, folder: Path, step: int) -> Path:
 def set_aside(folder: Path, newer_than: int) -> list[str]:
     """Renames complete checkpoints newer than a step, so that they are not found again; returns their new names."""
     names = []
-    for step, path in reversed(steps(folder)):
+    for step, path in reversed(list_steps(folder)):
         if step > newer_than and (path / "manifest.json").exists():
             aside, number = folder / f"aside-{path.name}", 1
             while os.path.lexists(aside):

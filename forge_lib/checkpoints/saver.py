@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
 from torch import nn
 
@@ -65,6 +66,16 @@ class Saver:
         self._write: Future | None = None
         self.last_step = -1  # of the newest checkpoint that it has written
 
+    def attach(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Makes each optimizer's `step` wait until a running save has copied the weights; the loop calls nothing.
+
+        Args:
+            optimizers: as passed to `save`; prepared by accelerate, or not yet.
+        """
+        for optimizer in optimizers:
+            unwrapped = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+            unwrapped.register_step_pre_hook(lambda *_: self.wait_for_copy())
+
     def save(self, step: int, model: nn.Module, optimizers: list, state: dict) -> None:
         """Saves the tensors as they are now; waits for the save before it.
 
@@ -80,12 +91,12 @@ class Saver:
         """
         self.wait()
         start = time.monotonic()
-        text, tensors = checkpoint.to_json({**state, "step": step}), checkpoint.gather(model, optimizers)
+        text, tensors = checkpoint.to_json({**state, "step": step}), checkpoint.collect_tensors(model, optimizers)
         if not self.background:
             self._ended.append(self._save(step, _on_cpu(tensors), text, start))
             return
         buffers = self._copied.result() if self._copied and not self._copied.exception() else {}
-        self._copied = checkpoint.in_thread(partial(_copy, tensors, buffers))
+        self._copied = checkpoint.in_thread(partial(copy_tensors, tensors, buffers))
         self._write = checkpoint.in_thread(partial(self._save_quietly, step, text, start))
         if any(p.device.type != "cpu" for p in model.parameters()):
             self.wait_for_copy()
@@ -104,7 +115,7 @@ class Saver:
         """Returns how the saves went that have ended since the last call."""
         return [self._ended.popleft() for _ in range(len(self._ended))]
 
-    def save_outliving(self, step: int, model: nn.Module, optimizers: list, state: dict) -> None:
+    def save_surviving(self, step: int, model: nn.Module, optimizers: list, state: dict) -> None:
         """Saves at once, also where this process is killed meanwhile, as a launcher does with all that it has started.
 
         A forked child in a session of its own writes; this process waits for it. The child holds on to the files that
@@ -113,7 +124,10 @@ class Saver:
         self.wait()
         start = time.monotonic()
         self._copied = None  # a child cannot rely on pinned memory
-        text, tensors = checkpoint.to_json({**state, "step": step}), _on_cpu(checkpoint.gather(model, optimizers))
+        text, tensors = (
+            checkpoint.to_json({**state, "step": step}),
+            _on_cpu(checkpoint.collect_tensors(model, optimizers)),
+        )
         save = partial(self._save, step, tensors, text, start)
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
@@ -160,7 +174,7 @@ class Saver:
         replaced = disk.replaced_path(checkpoint.step_path(self.folder, step))
         for leftover in (replaced, *self.folder.glob(".partial-*")):
             disk.remove(leftover)
-        paths = [path for number, path in checkpoint.steps(self.folder) if number <= step]
+        paths = [path for number, path in checkpoint.list_steps(self.folder) if number <= step]
         stay = set(paths[: self.keep])
         if self.keep_best:
             losses = {path: loss for path in paths if (loss := checkpoint.eval_loss(path)) is not None}
@@ -198,7 +212,7 @@ def _on_cpu(tensors: Tensors) -> Tensors:
     return {file: {name: t.cpu().contiguous() for name, t in named.items()} for file, named in tensors.items()}
 
 
-def _copy(tensors: Tensors, buffers: Tensors) -> Tensors:
+def copy_tensors(tensors: Tensors, buffers: Tensors) -> Tensors:
     """Copies tensors into those of the buffers that fit, else into new ones; pinned for those on a GPU."""
     copies: Tensors = {}
     for file, named in tensors.items():

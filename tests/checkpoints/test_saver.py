@@ -9,17 +9,19 @@ import resource
 import shutil
 import signal
 import subprocess
-import threading
 import time
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from checkpoint_helpers import FILES, RUN, find, names, number, step, trained_model, untrained_model, write
 
 from forge_lib.checkpoints import format as checkpoint
-from forge_lib.checkpoints.saver import Saver, _copy, sweep
+from forge_lib.checkpoints import saver as saver_module
+from forge_lib.checkpoints.saver import Saver, copy_tensors, sweep
 
 
 def child(work) -> int:
@@ -48,23 +50,57 @@ def mount_tmpfs(folder: Path, size: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
 
 
-def test_a_background_save_holds_the_moment_of_the_call(tmp_path, monkeypatch):
-    begin = threading.Event()
-    monkeypatch.setattr("forge_lib.saver._copy", lambda *args: begin.wait() and _copy(*args))
+def delay_the_copy(monkeypatch, seconds: float = 0.2) -> None:
+    """Lets the copy in memory begin only after so many seconds: the tensors must not change before."""
+
+    def slow_copy(*args):
+        time.sleep(seconds)
+        return copy_tensors(*args)
+
+    monkeypatch.setattr(saver_module, "copy_tensors", slow_copy)
+
+
+@pytest.fixture
+def accelerator():
+    """An accelerator on the CPU; accelerate's global state is reset afterwards."""
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("prepared_first", [False, True], ids=["attached, then prepared", "prepared, then attached"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_no_step_changes_the_weights_before_a_save_has_copied_them(
+    tmp_path, monkeypatch, accelerator, name, prepared_first
+):
+    delay_the_copy(monkeypatch)
+    model, optimizers = trained_model(name)
+    saver = Saver(tmp_path, keep=1)
+    if not prepared_first:
+        saver.attach(optimizers)
+    prepared = [accelerator.prepare(optimizer) for optimizer in optimizers]
+    if prepared_first:
+        saver.attach(prepared)
+    now = copy.deepcopy([model.state_dict(), *(optimizer.state_dict()["state"] for optimizer in prepared)])
+    saver.save(2, model, prepared, {"run": RUN})
+    step(model, prepared)  # the loop calls nothing of the saver
+    saver.wait()
+    other, others = untrained_model(name)
+    checkpoint.load(find(tmp_path).path, other, others)
+    saved = [other.state_dict(), *(optimizer.state_dict()["state"] for optimizer in others)]
+    torch.testing.assert_close(saved, now, rtol=0, atol=0)
+    assert not torch.equal(model.state_dict()["0.weight"], now[0]["0.weight"])
+
+
+def test_a_background_save_holds_the_state_at_the_call(tmp_path, monkeypatch):
+    delay_the_copy(monkeypatch)
     model, optimizers = trained_model()
-    now = copy.deepcopy(model.state_dict())
     saver = Saver(tmp_path, keep=1)
     state = {"run": dict(RUN)}
     saver.save(2, model, optimizers, state)
     state["run"]["data"] = "y"
-    threading.Timer(0.2, begin.set).start()
-    saver.wait_for_copy()
-    for _ in range(20):
-        step(model, optimizers)
     saver.wait()
-    other, other_optimizers = untrained_model()
-    assert checkpoint.load(find(tmp_path).path, other, other_optimizers)["run"] == RUN
-    assert all(torch.equal(now[name], value) for name, value in other.state_dict().items())
+    assert checkpoint.load(find(tmp_path).path, *untrained_model())["run"] == RUN
     (outcome,) = saver.outcomes()
     assert outcome.path == tmp_path / number(2) and not outcome.error
     assert saver.outcomes() == []
@@ -79,11 +115,11 @@ def test_too_little_memory_for_the_copy_costs_one_checkpoint_and_no_more(tmp_pat
     for done in (1, 2, 3):
         with monkeypatch.context() as patch:
             if done == 2:
-                patch.setattr("forge_lib.saver._copy", refuse)
+                patch.setattr(saver_module, "copy_tensors", refuse)
             saver.save(done, model, optimizers, {"run": RUN})
             saver.wait_for_copy()
             saver.wait()
-    saver.save_outliving(4, model, optimizers, {"run": RUN})
+    saver.save_surviving(4, model, optimizers, {"run": RUN})
     assert names(tmp_path) == [number(1), number(3), number(4)]
     errors = [outcome.error for outcome in saver.outcomes()]
     assert "can't allocate memory" in errors.pop(1) and not any(errors)
@@ -278,7 +314,7 @@ def test_the_last_save_outlives_the_processes_around_it(tmp_path, monkeypatch):
 
     def save() -> None:
         os.setpgid(0, 0)
-        Saver(tmp_path / "c", keep=1).save_outliving(2, model, optimizers, {"run": RUN})
+        Saver(tmp_path / "c", keep=1).save_surviving(2, model, optimizers, {"run": RUN})
 
     process = child(save)
     until = time.monotonic() + 20
@@ -295,10 +331,10 @@ def test_a_save_that_outlives_tells_how_it_went(tmp_path):
     model, optimizers = trained_model()
     saver = Saver(tmp_path / "c", keep=1)
     saver.save(1, model, optimizers, {"run": RUN})
-    saver.save_outliving(2, model, optimizers, {"run": RUN})
+    saver.save_surviving(2, model, optimizers, {"run": RUN})
     (tmp_path / "file").touch()
     blocked = Saver(tmp_path / "file", keep=1)
-    blocked.save_outliving(3, model, optimizers, {"run": RUN})
+    blocked.save_surviving(3, model, optimizers, {"run": RUN})
     assert [(o.step, o.path, o.error) for o in saver.outcomes()] == [
         (n, tmp_path / "c" / number(n), "") for n in (1, 2)
     ]

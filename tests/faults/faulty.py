@@ -111,8 +111,8 @@ class Late:
 
 def inject(faults: Faults) -> None:
     """Changes forge_lib in this process."""
-    say, leave, write_bytes = peers.Peers.say, peers.Peers.__exit__, checkpoint._write_bytes
-    next_token_loss, build_optimizers, copy = models.next_token_loss, models.build_optimizers, saver._copy
+    say, leave, write_bytes = peers.Peers.say, peers.Peers.__exit__, checkpoint.write_bytes
+    next_token_loss, build_optimizers, copy = models.next_token_loss, models.build_optimizers, saver.copy_tensors
 
     def faulty_say(self: peers.Peers, doing: str) -> None:
         say(self, doing)
@@ -140,7 +140,7 @@ def inject(faults: Faults) -> None:
         return build_optimizers(model, *args)
 
     peers.Peers.say, peers.Peers.__exit__ = faulty_say, faulty_exit
-    saver._copy, checkpoint._write_bytes = faulty_copy, faulty_write_bytes
+    saver.copy_tensors, checkpoint.write_bytes = faulty_copy, faulty_write_bytes
     models.next_token_loss, models.build_optimizers = faulty_next_token_loss, faulty_build_optimizers
 
 
