@@ -21,7 +21,7 @@ from datetime import timedelta
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from forge_lib.config import BlockConfig, DataConfig, ModelNameConfig, WorldConfig, flag
-from forge_lib.data import batches, corpus
+from forge_lib.data import blocks, corpus
 from forge_lib.distributed import agreement as cluster
 from forge_lib.distributed.peers import Peers, report_errors
 from forge_lib.errors import UserError
@@ -67,10 +67,10 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         model = models.load_trained_model(config)
         models.check_positions(model.config, config.sequence_length)
         store = corpus.prepare_store(config, tokenizer, progress=peers.set_status)
-        stream = batches.TokenStream(store.tokens, store.documents)
+        stream = blocks.TokenStream(store.tokens, store.documents)
         if config.eval_fraction:
-            _, stream = batches.split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
-        dataset = batches.BlockDataset(stream, config.sequence_length, config.mask_documents, keep_tail=True)
+            _, stream = blocks.split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
+        dataset = blocks.BlockDataset(stream, config.sequence_length, config.mask_documents, keep_tail=True)
         written_metrics = metrics.load_metrics(config.metrics)
         agreement = cluster.agree(peers.all_gather(cluster.local_facts(config, world, device)), config)
         facts = {"host": peers.host, "weights": models.hash_weights(model), "random_weights": False}
@@ -107,7 +107,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     return results
 
 
-def write_on(config: EvaluateConfig, model, tokenizer, stream: batches.TokenStream) -> tuple[list[str], list[str]]:
+def write_on(config: EvaluateConfig, model, tokenizer, stream: blocks.TokenStream) -> tuple[list[str], list[str]]:
     """Has the model go on after the first half of documents; returns what it wrote and what really follows."""
     predictions, references = [], []
     start = 0

@@ -36,7 +36,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from forge_lib.checkpoints.saver import Saver
 from forge_lib.config import TrainConfig, flag_name
-from forge_lib.data import batches
+from forge_lib.data import batches, blocks
 from forge_lib.distributed import agreement as cluster
 from forge_lib.distributed.lock import RunLock
 from forge_lib.distributed.peers import HANG_SECONDS, Peers, report_errors
@@ -294,7 +294,7 @@ def settle_buckets(run: Run, model: torch.nn.Module, optimizers: list) -> None:
     resume would round otherwise than the same step of a run that was never stopped.
     """
     if run.accelerator.num_processes > 2:
-        block = run.inputs.dataset[batches.EMPTY_BLOCK]
+        block = run.inputs.dataset[blocks.EMPTY_BLOCK]
         inputs = {name: tensor[None].to(run.accelerator.device) for name, tensor in block.items()}
         labels = inputs.pop("labels")
         loss = models.next_token_loss(model(**inputs, use_cache=False).logits, labels)

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from conftest import BIN, QUIET, ROOT, SHORT, processes
+from commands import BIN, QUIET, ROOT, SHORT, accelerate_launcher
 from transformers import GPT2Config
 
 from forge_lib.config import TrainConfig
@@ -66,11 +66,11 @@ def long_sequence(folder):
 
 
 def indivisible_batch(folder):
-    return ["--batch-size", "8", "--shares", "3"], "--batch-size 8 cannot be divided over 1 processes in parts of 3"
+    return ["--batch-size", "8", "--shares", "3"], "--batch-size 8 cannot be divided among 1 processes in shares of 3"
 
 
 def one_document(folder):
-    return ["--sample-by", "document", "--eval-fraction", "0.1"], "cut the text with --sample-by paragraph"
+    return ["--sample-by", "document", "--eval-fraction", "0.1"], "split the text with --sample-by paragraph"
 
 
 def folder_that_is_a_file(folder):
@@ -142,12 +142,12 @@ def test_other_data_or_flags_on_a_second_machine_are_named_on_both(start, tmp_pa
 
 
 def test_every_process_of_a_machine_says_what_is_wrong(run, tmp_path, free_port):
-    launcher = processes(tmp_path, free_port, num_processes=2)
+    launcher = accelerate_launcher(tmp_path, free_port, num_processes=2)
     words = [*launcher, "scripts/train.py", *SHORT, *QUIET, "--output-dir", tmp_path / "run", "--batch-size", "7"]
     ended = run(words)
     assert ended.seconds < 30
     assert "exitcode  : 2" in ended.output
-    assert ended.output.count("--batch-size 7 cannot be divided over 2 processes") == 2
+    assert ended.output.count("--batch-size 7 cannot be divided among 2 processes") == 2
     assert "SIGTERM before" not in ended.output  # by which the launcher ends the one that is not the first
 
 

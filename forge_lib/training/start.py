@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from forge_lib.checkpoints import format as checkpoint
 from forge_lib.checkpoints import saver
 from forge_lib.config import TrainConfig, flag_name
-from forge_lib.data import batches, corpus
+from forge_lib.data import batches, blocks, corpus
 from forge_lib.data.token_store import TokenStore, is_store, open_store, received_folder, verify_store
 from forge_lib.distributed import agreement as cluster
 from forge_lib.distributed import transfer
@@ -113,8 +113,8 @@ class Inputs:
     model: torch.nn.Module
     store: TokenStore
     eval_store: TokenStore
-    dataset: batches.BlockDataset
-    eval_dataset: batches.BlockDataset | None
+    dataset: blocks.BlockDataset
+    eval_dataset: blocks.BlockDataset | None
     plan: batches.BatchPlan
     run: dict
     warnings: list[str]
@@ -290,17 +290,17 @@ def resume(
 
 def make_datasets(
     config: TrainConfig, store: TokenStore, eval_store: TokenStore
-) -> tuple[batches.BlockDataset, batches.BlockDataset | None]:
+) -> tuple[blocks.BlockDataset, blocks.BlockDataset | None]:
     """Returns the blocks to train on, and the held-out ones if there are any."""
-    stream, eval_stream = batches.TokenStream(store.tokens, store.documents), None
+    stream, eval_stream = blocks.TokenStream(store.tokens, store.documents), None
     if config.eval_fraction:
-        stream, eval_stream = batches.split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
+        stream, eval_stream = blocks.split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
     elif config.eval_dataset_path:
-        eval_stream = batches.TokenStream(eval_store.tokens, eval_store.documents)
+        eval_stream = blocks.TokenStream(eval_store.tokens, eval_store.documents)
     cut = (config.sequence_length, config.mask_documents)
     return (
-        batches.BlockDataset(stream, *cut),
-        batches.BlockDataset(eval_stream, *cut, keep_tail=True) if eval_stream else None,
+        blocks.BlockDataset(stream, *cut),
+        blocks.BlockDataset(eval_stream, *cut, keep_tail=True) if eval_stream else None,
     )
 
 

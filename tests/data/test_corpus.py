@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import zstandard
-from conftest import ROOT
+from commands import ROOT
 from transformers import AutoTokenizer
 
 from forge_lib.config import DataConfig

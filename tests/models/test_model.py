@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT
+from commands import ROOT
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, get_scheduler
 
 from forge_lib.config import ModelConfig, ModelNameConfig, TrainConfig
-from forge_lib.data.batches import BlockDataset, TokenStream
+from forge_lib.data.blocks import BlockDataset, TokenStream
 from forge_lib.errors import UserError
 from forge_lib.models import model as models
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BIN, QUIET, SHORT, losses, processes, rows, wait_for_step
+from commands import BIN, QUIET, SHORT, accelerate_launcher
+from run_folders import losses, rows, wait_for_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from forge_lib.checkpoints import format as checkpoint
 from forge_lib.config import TrainConfig
-from forge_lib.data import batches, corpus
+from forge_lib.data import batches, blocks, corpus
 from forge_lib.flags import parse_config
 from scripts import generate
 
@@ -59,7 +60,7 @@ def test_two_hosts_keep_the_trajectory(start, trained, hosts, tmp_path, per_host
     machines = hosts(2)
     running = []
     for rank, count in enumerate(per_host):
-        launcher = processes(
+        launcher = accelerate_launcher(
             tmp_path, 29500, num_machines=2, machine_rank=rank, num_processes=2 * count, main_process_ip="10.77.0.1"
         )
         shares = ["--shares", "2:1:1"] if sum(per_host) == 3 else []
@@ -152,7 +153,7 @@ def test_the_loss_of_a_batch_is_the_one_that_transformers_gives(train, trained):
     config = parse_config(TrainConfig, [*flags, "--output-dir", "unused"])
     tokenizer = AutoTokenizer.from_pretrained(trained / "final")
     store = corpus.prepare_store(config, tokenizer)
-    dataset = batches.BlockDataset(batches.TokenStream(store.tokens, store.documents), 64)
+    dataset = blocks.BlockDataset(blocks.TokenStream(store.tokens, store.documents), 64)
     plan = batches.BatchPlan.of_run(len(dataset), 8, 1, 1.0, config.seed)
     ids = torch.stack([dataset[int(i)]["input_ids"] for i in plan.batch(0)])
     with torch.no_grad():

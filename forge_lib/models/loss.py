@@ -1,0 +1,45 @@
+"""The loss of a causal language model on a batch, summed over its tokens."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from forge_lib.config import IGNORED_LABEL
+
+
+def loss_sum(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the cross entropy of each token given the tokens before it, summed over the batch, in nats.
+
+    It equals transformers' own `model(input_ids, labels=labels).loss` times the number of targets.
+
+    Args:
+        model: a causal language model; its logits may have any float type, the loss is computed in fp32.
+        batch: the model's inputs and `labels`, [sequences, tokens] int64 each, on the model's device; labels that are
+            -100 do not count.
+
+    Returns:
+        A scalar, fp32.
+    """
+    return _sum(*_predict(model, batch))
+
+
+@torch.no_grad()
+def evaluation_sums(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, int, int]:
+    """Returns a batch's loss in nats, its number of targets, and how many of them are the likeliest prediction.
+
+    The arguments are those of `loss_sum`.
+    """
+    logits, labels = _predict(model, batch)
+    num_correct = (logits.argmax(-1) == labels).sum()  # the ignored label is never predicted
+    return _sum(logits, labels).item(), (labels != IGNORED_LABEL).sum().item(), num_correct.item()
+
+
+def _predict(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the logits [predictions, vocabulary] in fp32 and the labels [predictions] that they predict."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits
+    return logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
+
+
+def _sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
