@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import ROOT
+from commands import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 

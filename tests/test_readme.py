@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT
+from commands import ROOT
 
 from forge_lib.errors import UserError
 from forge_lib.flags import parse_config

@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from conftest import BIN, TINY, Hosts, Running
-from test_faults import shape
+from commands import BIN, TINY, Running
+from networks import Hosts, shape
 
 FLAGS = ["--mixed-precision", "no", "--micro-batch-size", "4"]
 QUIET = ["--eval-every", "0", "--checkpoint-every", "0", "--check-replicas-every", "0", "--log-every", "1"]

@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack, suppress
 
 import pytest
-from conftest import until
+from commands import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

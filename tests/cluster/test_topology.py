@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, SHORT, losses, rows
+from commands import ROOT, SHORT
+from run_folders import losses, rows
 from test_configs import answer_wizard
 
 from forge_lib.cluster import topology

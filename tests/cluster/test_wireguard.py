@@ -13,8 +13,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import QUIET, ROOT, SHORT, Hosts, Running, is_running, losses, until, wait_for_step, workers
+from commands import QUIET, ROOT, SHORT, Running, until
+from marked_processes import workers
+from networks import Hosts
+from run_folders import losses, wait_for_step
 from test_topology import commands, make_configs
+
+from forge_lib.process import is_running
 
 NAMES = [f"{name}-{os.getpid()}" for name in ("alice", "bob")]  # wireguard-go's sockets are in no namespace
 LAB = f"""

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from conftest import QUIET, SHORT, processes
+from commands import QUIET, SHORT, accelerate_launcher
 
 from forge_lib.distributed import peers
 from forge_lib.errors import PeerLostError, UserError
@@ -43,7 +43,7 @@ def test_waiting_says_for_whom_and_how_far_they_are(free_port, monkeypatch, caps
 def test_a_mistake_on_one_machine_ends_both_with_its_message(start, tmp_path, free_port):
     running = []
     for rank, path in enumerate(["data/sample_corpus.txt", "tests/test_peers.py"]):
-        launcher = processes(tmp_path, free_port, num_machines=2, machine_rank=rank, num_processes=2)
+        launcher = accelerate_launcher(tmp_path, free_port, num_machines=2, machine_rank=rank, num_processes=2)
         words = [*launcher, "scripts/train.py", *SHORT, *QUIET, "--dataset-path", path]
         running.append(start([*words, "--output-dir", tmp_path / str(rank)]))
     ended = [each.finish(60) for each in running]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from commands import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,7 +8,8 @@ import time
 
 import psutil
 import pytest
-from conftest import BIN, QUIET, SHORT, losses, rows
+from commands import BIN, QUIET, SHORT
+from run_folders import losses, rows
 
 from forge_lib.launch import launch
 from forge_lib.launch import rendezvous as rollcall

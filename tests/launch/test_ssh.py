@@ -15,13 +15,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import BIN, QUIET, ROOT, SHORT, TINY, Finished, is_running, processes_with, rows, until, wait_for_step
+from commands import BIN, QUIET, ROOT, SHORT, TINY, Finished, until
+from marked_processes import processes_with
+from run_folders import rows, wait_for_step
 
 from forge_lib.cluster.topology import Cluster, Machine
 from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
 from forge_lib.launch import guard, launch
 from forge_lib.launch import ssh as remote
+from forge_lib.process import is_running
 
 FLAGS = [str(ROOT / word) if word.startswith("data/") else word for word in [*SHORT, *QUIET]]
 FLAGS += ["--batch-size", "6"]

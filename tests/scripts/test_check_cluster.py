@@ -10,8 +10,8 @@ import time
 
 import psutil
 import pytest
-from conftest import TINY, until
-from test_faults import shape
+from commands import TINY, until
+from networks import shape
 
 CHECK = [sys.executable, "scripts/check_cluster.py"]
 ADDRESSES = {"alice": "10.77.0.1", "bob": "10.77.0.2"}

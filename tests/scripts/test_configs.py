@@ -6,7 +6,8 @@ import sys
 import pexpect
 import pytest
 import yaml
-from conftest import BIN, QUIET, ROOT, SHORT, rows
+from commands import BIN, QUIET, ROOT, SHORT
+from run_folders import rows
 
 CONFIGS = ROOT / "accelerate_configs"
 FLAGS = [*SHORT, *QUIET, "--max-steps", "2"]

@@ -10,7 +10,8 @@ import termios
 import time
 
 import pytest
-from conftest import BIN, QUIET, ROOT, SHORT, processes, rows
+from commands import BIN, QUIET, ROOT, SHORT, accelerate_launcher
+from run_folders import rows
 
 from forge_lib.checkpoints import format as checkpoint
 from forge_lib.training import stop as stopping
@@ -60,7 +61,7 @@ def test_a_run_whose_output_nobody_reads_any_more_is_saved(launcher, how, tmp_pa
     """A window that is closed sends SIGHUP; Ctrl-C before a `| tee log` ends `tee` too."""
     words = [BIN / "p2p-llm-forge", "--processes-per-node", 2, "--master-port", free_port]
     if launcher == "accelerate":
-        words = [*processes(tmp_path, free_port, num_processes=2), "scripts/train.py"]
+        words = [*accelerate_launcher(tmp_path, free_port, num_processes=2), "scripts/train.py"]
     words += [*SHORT, *QUIET, "--max-steps", 9999, "--device", "cpu", "--output-dir", tmp_path / "run"]
     reading, writing = pty.openpty() if how == "closed terminal" else os.pipe()
 
