@@ -5,16 +5,15 @@ sequence, with a new permutation in each epoch, and step k takes the next `batch
 the number of processes, and any step is found in constant time.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import default_collate
 
-from forge_lib.data.blocks import EMPTY_BLOCK
+from forge_lib.data.blocks import EMPTY_BLOCK, BlockDataset
 from forge_lib.data.permutation import permute
 from forge_lib.errors import UserError
 
@@ -90,11 +89,13 @@ class BatchPlan:
         return cls(num_blocks, batch_size, num_steps, seed, epochs)
 
     def batch(self, step: int) -> np.ndarray:
-        """Returns the block indices of the global batch of `step` (from 0), int64, in order; read-only.
-
-        The last result is kept: the sampler and the training loop need the same one.
-        """
-        return _batch(self, step)
+        """Returns the block indices of the global batch of `step` (from 0), int64, in order."""
+        samples = np.arange(self.num_samples(step), self.num_samples(step + 1))
+        epochs, positions = np.divmod(samples, self.num_blocks)
+        keys = {epoch: (int(epoch) << 64) + self.seed % (1 << 64) for epoch in np.unique(epochs)}
+        return np.concatenate(
+            [permute(positions[epochs == epoch], self.num_blocks, key) for epoch, key in keys.items()]
+        )
 
     def num_samples(self, step: int) -> int:
         """Returns how many blocks the first `step` steps take."""
@@ -102,45 +103,22 @@ class BatchPlan:
         return samples if self.epochs is None else min(samples, max(1, round(self.epochs * self.num_blocks)))
 
 
-@functools.lru_cache(maxsize=1)
-def _batch(plan: BatchPlan, step: int) -> np.ndarray:
-    samples = np.arange(plan.num_samples(step), plan.num_samples(step + 1))
-    epochs, positions = np.divmod(samples, plan.num_blocks)
-    parts = []
-    for epoch in np.unique(epochs):
-        key = (int(epoch) << 64) + plan.seed % (1 << 64)
-        parts.append(permute(positions[epochs == epoch], plan.num_blocks, key))
-    blocks = np.concatenate(parts)
-    blocks.flags.writeable = False
-    return blocks
+def share_of(blocks: np.ndarray, shares: list[int], process_index: int) -> list[int]:
+    """Returns the blocks of a global batch that one process computes.
 
-
-class ShareSampler(Sampler[list[int]]):
-    """Yields, step by step, the block indices of one process's share of the global batch.
+    Its share of a short last batch may be empty. The process then takes the empty block, because every process takes
+    part in the all-reduce.
 
     Args:
-        plan: the batches of the run.
-        shares: sequences of each process, by rank.
-        process_index: the process whose share it yields.
-        first_step: the first step, from 0.
+        blocks: [n] int64, of `BatchPlan.batch`.
+        shares: of `divide_batch`.
+        process_index: the process.
     """
+    start = sum(shares[:process_index])
+    return blocks[start : start + shares[process_index]].tolist() or [EMPTY_BLOCK]
 
-    def __init__(self, plan: BatchPlan, shares: list[int], process_index: int, first_step: int = 0):
-        self.plan, self.first_step = plan, first_step
-        self.start = sum(shares[:process_index])
-        self.stop = self.start + shares[process_index]
 
-    def __len__(self) -> int:
-        return self.plan.num_steps - self.first_step
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first_step, self.plan.num_steps):
-            yield self.share(step)
-
-    def share(self, step: int) -> list[int]:
-        """Returns this process's blocks of `step`.
-
-        Its share of a short last batch may be empty. The process then takes the empty block, because every process
-        takes part in the all-reduce.
-        """
-        return self.plan.batch(step)[self.start : self.stop].tolist() or [EMPTY_BLOCK]
+def read_batch(dataset: BlockDataset, indices: list[int], pin_memory: bool = False) -> dict[str, torch.Tensor]:
+    """Returns blocks as tensors of [len(indices), sequence_length] int64, in pinned memory if a GPU will copy them."""
+    batch = default_collate([dataset[index] for index in indices])
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch

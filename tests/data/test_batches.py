@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forge_lib.data.batches import BatchPlan, ShareSampler, divide_batch, micro_batches
-from forge_lib.data.blocks import EMPTY_BLOCK
+from forge_lib.data.batches import BatchPlan, divide_batch, micro_batches, read_batch, share_of
+from forge_lib.data.blocks import EMPTY_BLOCK, BlockDataset, TokenStream
 from forge_lib.errors import UserError
 
 
@@ -28,20 +28,26 @@ def test_each_epoch_takes_each_block_once(num_blocks, batch_size, epochs, seed):
         assert np.array_equal(np.sort(blocks[start : start + num_blocks]), np.arange(num_blocks))
 
 
-@given(shares=st.lists(st.integers(1, 5), min_size=1, max_size=6), first_step=st.integers(0, 10))
+@given(shares=st.lists(st.integers(1, 5), min_size=1, max_size=6), step=st.integers(0, 11))
 @settings(deadline=None, max_examples=40)
-def test_the_shares_of_all_processes_are_the_global_batch_from_any_step_on(shares, first_step):
-    plan = BatchPlan.of_run(37, sum(shares), max_steps=12, epochs=0, seed=3)
-    samplers = [list(ShareSampler(plan, shares, rank, first_step)) for rank in range(len(shares))]
-    assert all(len(each) == 12 - first_step for each in samplers)
-    for number, step in enumerate(range(first_step, 12)):
-        assert list(chain.from_iterable(each[number] for each in samplers)) == plan.batch(step).tolist()
+def test_the_shares_of_all_processes_are_the_global_batch(shares, step):
+    blocks = BatchPlan.of_run(37, sum(shares), max_steps=12, epochs=0, seed=3).batch(step)
+    by_process = [share_of(blocks, shares, rank) for rank in range(len(shares))]
+    assert [len(share) for share in by_process] == shares
+    assert list(chain.from_iterable(by_process)) == blocks.tolist()
 
 
 def test_a_process_whose_share_of_the_last_batch_is_empty_takes_the_empty_block():
-    plan = BatchPlan.of_run(5, 4, max_steps=0, epochs=1, seed=0)
-    last = [list(ShareSampler(plan, [2, 2], rank))[-1] for rank in (0, 1)]
-    assert last == [plan.batch(1).tolist(), [EMPTY_BLOCK]]
+    last = BatchPlan.of_run(5, 4, max_steps=0, epochs=1, seed=0).batch(1)
+    assert [share_of(last, [2, 2], rank) for rank in (0, 1)] == [last.tolist(), [EMPTY_BLOCK]]
+
+
+def test_a_batch_has_the_items_of_its_blocks_in_order():
+    stream = TokenStream(np.arange(40, dtype=np.uint16), np.array([0, 5, 6, 20, 40], np.uint64))
+    dataset = BlockDataset(stream, 8, mask_documents=True)
+    batch = read_batch(dataset, [3, 0])
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(batch[name], torch.stack([dataset[3][name], dataset[0][name]]))
 
 
 @pytest.mark.parametrize(
