@@ -40,8 +40,13 @@ from forge_lib.check.arrival import Arrival, Outcome, Problem
 from forge_lib.cluster import topology
 from forge_lib.config import TrainConfig, flag, flag_name
 from forge_lib.data import batches, corpus
-from forge_lib.distributed import agreement as cluster
-from forge_lib.distributed.peers import Peers, report_errors
+from forge_lib.distributed.agreement import Agreement, agree
+from forge_lib.distributed.device import choose_device
+from forge_lib.distributed.facts import differing_versions, local_facts, versions
+from forge_lib.distributed.network import interface_of, is_public, public_address_warning
+from forge_lib.distributed.peers import Peers
+from forge_lib.distributed.reporting import report_errors
+from forge_lib.distributed.speed import all_reduce_seconds, copy_bandwidth
 from forge_lib.errors import PeerLostError, Stopped, UserError
 from forge_lib.flags import parse_config
 from forge_lib.models import model as models
@@ -168,9 +173,9 @@ def own_facts(config: CheckConfig, group: topology.Cluster, own: topology.Machin
     return {
         "host": socket.gethostname(),
         "address": address,
-        "interface": cluster.interface_of(address),
+        "interface": interface_of(address),
         "system": f"{platform.system()} {platform.release()}",
-        "versions": cluster.versions(),
+        "versions": versions(),
         "processes": own.processes,
         "device": torch.cuda.get_device_name(0) if on_gpu else "cpu",
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
@@ -178,7 +183,7 @@ def own_facts(config: CheckConfig, group: topology.Cluster, own: topology.Machin
         "free_bytes": shutil.disk_usage(folder).free,
         "dataset": corpus.content_fingerprint(config.dataset_path) if config.dataset_path else "",
         "flags": {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)},
-        "is_public": own is group.main and cluster.is_public(address),
+        "is_public": own is group.main and is_public(address),
     }
 
 
@@ -193,7 +198,7 @@ def compare_facts(facts: dict[str, dict]) -> list[tuple[str, str]]:
             if value != facts[main]["flags"].get(flag_):
                 text = f"{name} has {flag_name(flag_)} {value!r}, {main} has {facts[main]['flags'].get(flag_)!r}"
                 found.append((name, f"{text}: type the same line on each machine"))
-        for library, is_harmless in cluster.differing_versions(facts[main]["versions"], theirs["versions"]).items():
+        for library, is_harmless in differing_versions(facts[main]["versions"], theirs["versions"]).items():
             if not is_harmless:
                 version, ours = theirs["versions"][library], facts[main]["versions"][library]
                 found.append((name, f"{name} has {library} {version}, {main} has {ours}: install the same version"))
@@ -209,7 +214,7 @@ def compare_facts(facts: dict[str, dict]) -> list[tuple[str, str]]:
 def warnings_of(group: topology.Cluster, facts: dict[str, dict]) -> list[str]:
     """Returns what does no harm to a run, but should be known."""
     main = facts.get(group.main.name, {})
-    return [cluster.warn_of_public(main["address"], group.port)] if main.get("is_public") else []
+    return [public_address_warning(main["address"], group.port)] if main.get("is_public") else []
 
 
 # What is measured
@@ -222,17 +227,17 @@ def measure(
     several = len(group.machines) > 1
     world = World(own.rank, len(group.machines), 0, 1, group.address(group.main) if several else "", group.port)
     limits = {"timeout_seconds": SILENT_SECONDS, "start_seconds": START_SECONDS}
-    with Peers(world, cure="Run the check again on every machine", **limits) as peers:
+    with Peers(world, hint="Run the check again on every machine", **limits) as peers:
         peers.host = own.name
-        device = cluster.choose_device("cpu" if group.device_of(own) == "cpu" else "auto", world)
+        device = choose_device("cpu" if group.device_of(own) == "cpu" else "auto", world)
         precision = group.mixed_precision if config.mixed_precision == "auto" else config.mixed_precision
         run = TrainConfig(model_name="-", dataset_path="-", output_dir="-", mixed_precision=precision)
         peers.set_status("measuring its speed")
-        facts = cluster.local_facts(run, world, device) | {"host": own.name}
-        facts["copy_bandwidth"] = forecast.copy_bandwidth(device)
-        agreement = cluster.agree(peers.all_gather(facts), run)
-        for machine, peer in zip(group.machines, agreement.peers, strict=True):
-            report["machines"][machine.name] |= {name: peer[name] for name in ("flops", "copy_bandwidth")}
+        facts = dataclasses.replace(local_facts(run, world, device), host=own.name)
+        agreement = agree(peers.all_gather(facts), run)
+        copies = peers.all_gather({"bandwidth": copy_bandwidth(device)}, "copies")
+        for machine, process, copy in zip(group.machines, agreement.processes, copies, strict=True):
+            report["machines"][machine.name] |= {"flops": process.flops, "copy_bandwidth": copy["bandwidth"]}
         report["warnings"] += [line for line in agreement.warnings if line not in report["warnings"]]
         report["mixed_precision"], report["backend"] = agreement.mixed_precision, agreement.backend
         report["links"] = measure_links([machine.name for machine in group.machines], agreement, world, peers)
@@ -264,7 +269,7 @@ def measure(
             time.sleep(LEAVE_SECONDS)
 
 
-def measure_links(names: list[str], agreement: cluster.Agreement, world: World, peers: Peers) -> list[dict]:
+def measure_links(names: list[str], agreement: Agreement, world: World, peers: Peers) -> list[dict]:
     """Measures the links of all pairs, both ways, as many at a time as have no machine in common; call on all.
 
     Returns:
@@ -272,7 +277,7 @@ def measure_links(names: list[str], agreement: cluster.Agreement, world: World, 
     """
     if len(names) == 1:
         return []
-    addresses = [peer["address"] for peer in agreement.peers]
+    addresses = [process.address for process in agreement.processes]
     mine: dict[str, dict] = {}
     with links.listen(addresses[world.process_index]) as listener:
         ports = [facts["port"] for facts in peers.all_gather({"port": listener.getsockname()[1]}, "ports")]
@@ -325,7 +330,7 @@ class Place:
 class Workers:
     """The processes of this machine, as a run would have them; use it as a context manager, on all machines."""
 
-    def __init__(self, ranks: range, group: topology.Cluster, device: str, agreement: cluster.Agreement, peers: Peers):
+    def __init__(self, ranks: range, group: topology.Cluster, device: str, agreement: Agreement, peers: Peers):
         main = (group.address(group.main), group.port, agreement.backend, device, agreement.mixed_precision)
         alone = len(group.machines) == 1  # else the main machine's check holds the store
         count = group.num_processes
@@ -400,12 +405,7 @@ def measure_all_reduce(place: Place) -> Callable[[], dict[int, float]]:
             tensor = torch.zeros(size // 4, device=place.device)
             seconds: list[float] = []
             while len(seconds) < 5 and sum(seconds) < 2 * QUICK_SECONDS:
-                start = time.perf_counter()
-                dist.all_reduce(tensor)
-                tensor[0].item()  # waits for the GPU
-                slowest = torch.tensor([time.perf_counter() - start], device=place.device)
-                dist.all_reduce(slowest, dist.ReduceOp.MAX)  # so that all stop at the same time
-                seconds.append(slowest.item())
+                seconds.append(all_reduce_seconds(tensor))  # of the slowest process: so all stop at the same time
             found[size] = statistics.median(seconds[1:] or seconds)
             if found[size] > QUICK_SECONDS and len(found) > 1:
                 break
@@ -532,7 +532,7 @@ def describe_machines(report: dict) -> list[str]:
         "host": [facts["host"] for facts in machines.values()],
         "address": [f"{facts['address']} {facts['interface']}" for facts in machines.values()],
         "system": [facts["system"] for facts in machines.values()],
-        **{name: [facts["versions"][name] for facts in machines.values()] for name in cluster.versions()},
+        **{name: [facts["versions"][name] for facts in machines.values()] for name in versions()},
         "device": [f"{facts['processes']} x {facts['device']}" for facts in machines.values()],
         "cores": [str(facts["cores"]) for facts in machines.values()],
         "memory": [gigabytes(facts["memory_bytes"]) for facts in machines.values()],
@@ -547,7 +547,7 @@ def describe_machines(report: dict) -> list[str]:
         rows["memory copies"] = [f"{gigabytes(facts['copy_bandwidth'])}/s" for facts in machines.values()]
     if set(rows["data"]) == {"none"}:
         del rows["data"]
-    compared = {"system", *cluster.versions(), "device", "data"}
+    compared = {"system", *versions(), "device", "data"}
     marks = {name: "differs" if name in compared and len(set(values)) > 1 else "" for name, values in rows.items()}
     return table([["", *machines, ""], *([name, *values, marks[name]] for name, values in rows.items())])
 

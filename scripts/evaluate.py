@@ -22,8 +22,11 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from forge_lib.config import BlockConfig, DataConfig, ModelNameConfig, WorldConfig, flag
 from forge_lib.data import blocks, corpus
-from forge_lib.distributed import agreement as cluster
-from forge_lib.distributed.peers import Peers, report_errors
+from forge_lib.distributed.agreement import agree, check_world, compare_inputs
+from forge_lib.distributed.device import choose_device
+from forge_lib.distributed.facts import InputFacts, local_facts
+from forge_lib.distributed.peers import Peers
+from forge_lib.distributed.reporting import report_errors
 from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
 from forge_lib.models import model as models
@@ -62,7 +65,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     """Prints the results as JSON on the main process, and returns them on all. Call on all processes."""
     world = World.from_environment()
     with Peers(world) as peers:
-        device = cluster.choose_device(config.device, world)
+        device = choose_device(config.device, world)
         tokenizer = models.load_tokenizer(config)
         model = models.load_trained_model(config)
         models.check_positions(model.config, config.sequence_length)
@@ -72,10 +75,10 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             _, stream = blocks.split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
         dataset = blocks.BlockDataset(stream, config.sequence_length, config.mask_documents, keep_tail=True)
         written_metrics = metrics.load_metrics(config.metrics)
-        agreement = cluster.agree(peers.all_gather(cluster.local_facts(config, world, device)), config)
-        facts = {"host": peers.host, "weights": models.hash_weights(model), "random_weights": False}
-        facts["fingerprints"] = {"--dataset-path": store.fingerprint}
-        cluster.compare(peers.all_gather(facts, "inputs"))
+        agreement = agree(peers.all_gather(local_facts(config, world, device)), config)
+        fingerprints = {"--dataset-path": store.fingerprint}
+        facts = InputFacts(peers.host, fingerprints, models.hash_weights(model), random_weights=False)
+        compare_inputs(peers.all_gather(facts, "inputs"))
         for line in agreement.warnings if world.process_index == 0 else []:
             print(line, file=sys.stderr)
 
@@ -85,7 +88,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             mixed_precision=agreement.mixed_precision,
             kwargs_handlers=handlers if world.num_processes > 1 else [],
         )
-        cluster.check_world(world, accelerator.num_processes)
+        check_world(world, accelerator.num_processes)
         model.to(accelerator.device)
         tokens_per_byte = store.manifest["num_tokens"] / store.manifest["num_text_bytes"]
         results = metrics.evaluate_model(

@@ -23,8 +23,8 @@ from pathlib import Path
 from forge_lib.cluster import topology
 from forge_lib.cluster import wireguard as overlay
 from forge_lib.config import flag
-from forge_lib.distributed.agreement import ARPHRD_NONE
-from forge_lib.distributed.peers import report_errors
+from forge_lib.distributed.network import ARPHRD_NONE
+from forge_lib.distributed.reporting import report_errors
 from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
 

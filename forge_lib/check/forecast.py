@@ -24,10 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from forge_lib.distributed.speed import copy_bandwidth, time_call
+
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20  # of DDP
 PATIENCE_SECONDS = 5.0  # a pass that takes longer is not repeated with more sequences
 ROUNDS = 5
-COPY_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,6 @@ class Speed:
         sizes = [min(micro_batch_size, num_sequences - at) for at in range(0, num_sequences, micro_batch_size)]
         seconds = [self.fixed + self.per_sequence * size for size in sizes]
         return sum(seconds), seconds[-1] * self.backward
-
-
-def copy_bandwidth(device: str) -> float:
-    """Returns the bytes per second that a large copy reads and writes on this machine's device."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / min(_time(lambda: target.copy_(source), device) for _ in range(ROUNDS))
 
 
 def measure_speed(
@@ -93,7 +87,7 @@ def measure_speed(
         found = loss(logits.float(), ids)
         found.item()  # waits for the GPU
         forward = time.perf_counter() - start
-        backward = _time(found.backward, device)
+        backward = time_call(found.backward, device)
         return forward, backward
 
     def update() -> None:
@@ -117,17 +111,9 @@ def measure_speed(
         fixed=max(0.0, seconds[size] - size * per_sequence),
         per_sequence=max(per_sequence, 1e-9),
         backward=backward,
-        optimizer=statistics.median(_time(update, device) for _ in range(rounds)),
+        optimizer=statistics.median(time_call(update, device) for _ in range(rounds)),
         copy_bandwidth=copy_bandwidth(device),
     )
-
-
-def _time(call: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 @dataclass(frozen=True)

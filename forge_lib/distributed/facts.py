@@ -6,23 +6,18 @@ import os
 import socket
 import sys
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import psutil
 import torch
 
 from forge_lib.config import WorldConfig
 from forge_lib.distributed.network import choose_interface, is_public
-from forge_lib.distributed.peers import Peers
 from forge_lib.distributed.speed import matmul_flops
-from forge_lib.errors import UserError
 from forge_lib.process import World
 
 LIBRARIES = ("torch", "accelerate", "transformers")
 # Fields of the configuration that may differ between machines.
 LOCAL_FIELDS = {"dataset_path", "eval_dataset_path", "output_dir", "model_name", "micro_batch_size", "device"}
-
-Facts = TypeVar("Facts")
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ def measure_flops(device: str) -> dict[str, float]:
     """Measures matrix products in FLOP/s: "fp32", and "bf16" only if it is more than 1.2 times as fast."""
     small, large = (256, 1024) if device == "cpu" else (1024, 4096)
     flops = {"fp32": matmul_flops(device, torch.float32, large)}
-    # Small products first: without hardware support bf16 is up to a hundred times slower, so a large one takes seconds.
+    # Small products first: without hardware support bf16 is a hundred times slower, so a large product takes seconds.
     if matmul_flops(device, torch.bfloat16, small) > matmul_flops(device, torch.float32, small) / 10:
         bf16 = matmul_flops(device, torch.bfloat16, large)
         if bf16 > 1.2 * flops["fp32"]:
@@ -143,26 +138,3 @@ def differing_versions(ours: dict[str, str], theirs: dict[str, str]) -> dict[str
         if one != other:
             found[name] = one.split(".")[:2] == other.split(".")[:2]
     return found
-
-
-def all_gather_facts(peers: Peers, facts: Facts, name: str = "facts") -> list[Facts]:
-    """Returns the facts of all processes, by rank; call on all processes, each time with another `name`.
-
-    Args:
-        peers: the processes of the run.
-        facts: a dataclass whose fields have JSON types.
-        name: of the all-gather.
-
-    Raises:
-        UserError: a process sends other fields, because it runs another version of this program; or it failed.
-        PeerLostError, Stopped: see Peers.all_gather.
-    """
-    gathered = peers.all_gather(dataclasses.asdict(facts), name)
-    own = gathered[peers.world.process_index]
-    for rank, each in enumerate(gathered):
-        if each.keys() != own.keys():
-            raise UserError(
-                f"{each.get('host')} (process {rank}) runs another version of this program than {peers.host}; update "
-                "all machines to the same version"
-            )
-    return [type(facts)(**each) for each in gathered]
