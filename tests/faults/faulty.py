@@ -32,7 +32,7 @@ from forge_lib.checkpoints import format as checkpoint
 from forge_lib.checkpoints import saver
 from forge_lib.distributed import peers
 from forge_lib.launch import launch
-from forge_lib.models import model as models
+from forge_lib.models import loss, optimizers
 
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
@@ -112,7 +112,7 @@ class Late:
 def inject(faults: Faults) -> None:
     """Changes forge_lib in this process."""
     say, leave, write_bytes = peers.Peers.say, peers.Peers.__exit__, checkpoint.write_bytes
-    next_token_loss, build_optimizers, copy = models.next_token_loss, models.build_optimizers, saver.copy_tensors
+    loss_sum, build_optimizers, copy = loss.loss_sum, optimizers.build_optimizers, saver.copy_tensors
 
     def faulty_say(self: peers.Peers, doing: str) -> None:
         say(self, doing)
@@ -131,9 +131,9 @@ def inject(faults: Faults) -> None:
             faults.at("writing", int(path.parent.name.rpartition("-")[2]))
         return write_bytes(path, data)
 
-    def faulty_next_token_loss(*args) -> torch.Tensor:
+    def faulty_loss_sum(*args) -> torch.Tensor:
         factor, faults.nan = (float("nan") if faults.nan else 1.0), False
-        return next_token_loss(*args) * factor
+        return loss_sum(*args) * factor
 
     def faulty_build_optimizers(model: torch.nn.Module, *args) -> list:
         faults.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -141,7 +141,7 @@ def inject(faults: Faults) -> None:
 
     peers.Peers.say, peers.Peers.__exit__ = faulty_say, faulty_exit
     saver.copy_tensors, checkpoint.write_bytes = faulty_copy, faulty_write_bytes
-    models.next_token_loss, models.build_optimizers = faulty_next_token_loss, faulty_build_optimizers
+    loss.loss_sum, optimizers.build_optimizers = faulty_loss_sum, faulty_build_optimizers
 
 
 if __name__ == "__main__":
