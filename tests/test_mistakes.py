@@ -7,7 +7,7 @@ from commands import BIN, QUIET, ROOT, SHORT, accelerate_launcher
 from transformers import GPT2Config
 
 from forge_lib.config import TrainConfig
-from forge_lib.distributed.peers import report_errors
+from forge_lib.distributed.reporting import report_errors
 from forge_lib.flags import parse_config
 from scripts import train as train_script
 
@@ -58,7 +58,7 @@ def unknown_model(folder):
     return [
         "--model-name",
         "no/such-model",
-    ], "--model-name no/such-model: neither a model folder here nor a model of the Hub"
+    ], "--model-name no/such-model: neither a local model folder nor a model on the Hub"
 
 
 def long_sequence(folder):
@@ -124,7 +124,7 @@ def two_machines(start, tmp_path, port, first: list, second: list) -> list:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--learning-rate", "2e-3"], "in --learning-rate: 0.002 against 0.001"),
+        (["--learning-rate", "2e-3"], "in --learning-rate: 0.002 instead of 0.001"),
         (["--dataset-path", "{folder}/other.txt"], "in its --dataset-path: fingerprint"),
     ],
     ids=["flags", "data"],

@@ -1,7 +1,12 @@
-"""Output and signals of one process."""
+"""Output and signals of one process, and its place in the world that the launcher announces."""
 
 import subprocess
 import sys
+
+import pytest
+
+from forge_lib.errors import UserError
+from forge_lib.process import World
 
 
 def test_output_that_is_lost_costs_nothing_else():
@@ -20,3 +25,16 @@ def test_output_that_is_lost_costs_nothing_else():
     process.stdout.close()
     process.stdin.close()
     assert process.wait(50) == 0
+
+
+def test_a_launcher_that_gives_no_rank_is_refused_with_the_lines_to_change(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    with pytest.raises(UserError) as error:
+        World.from_environment()
+    assert "distributed_type: MULTI_GPU\n    use_cpu: true" in str(error.value)
+
+
+def test_a_yaml_for_another_kind_of_training_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="asks for FSDP"):
+        World.from_environment()
