@@ -1,0 +1,22 @@
+"""Models small enough to build in every test."""
+
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from forge_lib.config import ModelConfig
+from forge_lib.models.loading import load_model
+
+GPT2 = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+LLAMA = LlamaConfig(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def build_model(config: PreTrainedConfig, folder: Path, **options) -> PreTrainedModel:
+    """Returns a model with random weights from a configuration in `folder`, as train.py builds it."""
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    return load_model(ModelConfig(model_name=str(folder), **options), vocab_size=97, sequence_length=32)
