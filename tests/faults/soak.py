@@ -4,9 +4,9 @@
 
 The machines are network namespaces (needs root, iproute2). `p2p-llm-forge --max-restarts 100000` trains on each; when
 it ends, this program starts it again, as a person would. A newer checkpoint must appear every two minutes. After the
-given minutes there are no more faults; the final weights must equal those of an undisturbed run bit for bit, the newest
-checkpoints must be complete, and no process may remain. Prints the faults, and how long training paused after each.
-The same seed draws the same faults. Logs and checkpoints stay in runs/soak.
+given minutes there are no more faults; the final weights must equal those of an undisturbed run bit for bit, the
+newest checkpoints must be complete, and no process may remain. Prints the faults, and how long training paused after
+each. The same seed draws the same faults. Logs and checkpoints stay in runs/soak.
 """
 
 import argparse
