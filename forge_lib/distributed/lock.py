@@ -1,44 +1,86 @@
-"""The lock on a run folder, which keeps a second run out of it."""
+"""The lock on a run folder: only one run at a time writes into it."""
 
+import dataclasses
 import fcntl
 import json
 import os
 import socket
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import psutil
 
 from forge_lib.errors import UserError
 
+LOCK_NAME = "run.lock"
 POLL_SECONDS = 0.5
 LOCK_BYTES = 512
-LAST_SAVE_SECONDS = 600  # how long to wait for the last save of a run that was stopped
+LAST_SAVE_SECONDS = 600  # the longest wait for the last save of a run that was stopped
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock, as run.lock describes it.
+
+    Attributes:
+        host, pid: where it runs.
+        run_id: of this start of the run, the same on all machines.
+        step: optimizer steps that the run has done.
+    """
+
+    host: str = "?"
+    pid: int = 0
+    run_id: str = ""
+    step: int = 0
+
+    @classmethod
+    def read(cls, file: BinaryIO) -> "Holder":
+        """Reads run.lock; a damaged file gives an unknown holder."""
+        try:
+            return cls(**json.loads(os.pread(file.fileno(), LOCK_BYTES, 0)))
+        except (ValueError, TypeError):
+            return cls()
+
+    def write(self, file: BinaryIO) -> None:
+        """Writes run.lock, always with the same number of bytes."""
+        os.pwrite(file.fileno(), json.dumps(dataclasses.asdict(self)).encode().ljust(LOCK_BYTES), 0)
+
+    def is_dead(self) -> bool:
+        """Returns whether the process ran on this machine and does not exist any more."""
+        return self.host == socket.gethostname() and not psutil.pid_exists(self.pid)
 
 
 class RunLock:
-    """The lock on a run folder: the kernel lets it go when the process that holds it ends, however that happens.
+    """The lock on a run folder; the kernel releases it when the process that holds it ends, in whatever way.
 
-    The file `run.lock` says who holds it and, for the launcher, at which step the run is. Use it as a context manager.
+    The file run.lock names the holder and, for the launcher, the step of the run. Use it as a context manager.
+
+    Args:
+        folder: the run folder.
 
     Attributes:
-        held: whether this process holds it.
+        held: whether this process holds the lock.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.held, self._file = folder, False, None
+        self.folder, self.held = folder, False
+        self._file: BinaryIO | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "RunLock":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         if self._file:
             self._file.close()
             self.held = False
 
-    def take(self, run_id: str) -> None:
-        """Takes the lock, unless another machine of the same run has it: the folder lies on a disk that they share.
+    def acquire(self, run_id: str) -> None:
+        """Acquires the lock, unless another machine of the same run holds it: the folder is on a disk that they share.
+
+        If the holder is dead, but its last save is still being written, this waits for it.
 
         Args:
             run_id: of this start of the run, the same on all machines.
@@ -46,52 +88,48 @@ class RunLock:
         Raises:
             UserError: another run holds it.
         """
-        self._file = os.fdopen(os.open(self.folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
-        self._facts = {"host": socket.gethostname(), "pid": os.getpid(), "run_id": run_id}
+        self._file = os.fdopen(os.open(self.folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         until = time.monotonic() + LAST_SAVE_SECONDS
-        while not self._try():
-            holder = self._holder()
-            if holder["run_id"] == run_id:
+        while not _try_lock(self._file):
+            holder = Holder.read(self._file)
+            if holder.run_id == run_id:
                 return
-            dead = holder["host"] == socket.gethostname() and not psutil.pid_exists(holder["pid"])
-            if not dead or time.monotonic() > until:  # of a dead one, only the last save is still being written
+            if not holder.is_dead() or time.monotonic() > until:
                 raise self._in_use(holder)
             time.sleep(POLL_SECONDS)
         self.held = True
-        self.at(0)
+        self._own = Holder(socket.gethostname(), os.getpid(), run_id)
+        self.set_step(0)
         os.fsync(self._file.fileno())
 
     def check_free(self) -> None:
-        """Looks, without taking it, whether another run on this machine holds it: UserError then."""
-        with suppress(FileNotFoundError), open(self.folder / "run.lock", "rb") as self._file:
-            holder = self._holder()
-            free = self._try()  # let go when the file is closed
-            if not free and holder["host"] == socket.gethostname() and psutil.pid_exists(holder["pid"]):
-                raise self._in_use(holder)
-        self._file = None
+        """Checks, without acquiring the lock, that no other run on this machine holds it.
 
-    def _in_use(self, holder: dict) -> UserError:
+        Raises:
+            UserError: another run holds it.
+        """
+        with suppress(FileNotFoundError), open(self.folder / LOCK_NAME, "rb") as file:
+            holder = Holder.read(file)
+            is_free = _try_lock(file)  # the lock is released when the file is closed
+            if not is_free and holder.host == socket.gethostname() and not holder.is_dead():
+                raise self._in_use(holder)
+
+    def set_step(self, step: int) -> None:
+        """Writes the number of steps done into run.lock; cheap: call it each step."""
+        if self.held:
+            with suppress(OSError):  # a full disk does not end the run
+                dataclasses.replace(self._own, step=step).write(self._file)
+
+    def _in_use(self, holder: Holder) -> UserError:
         return UserError(
-            f"--output-dir {self.folder} is in use by another run (process {holder['pid']} on {holder['host']}); wait "
-            "for its end, stop it, or name another folder"
+            f"--output-dir {self.folder} is in use by another run (process {holder.pid} on {holder.host}); wait until "
+            "it ends, stop it, or use another --output-dir"
         )
 
-    def _try(self) -> bool:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
 
-    def _holder(self) -> dict:
-        try:
-            return json.loads(os.pread(self._file.fileno(), LOCK_BYTES, 0))
-        except ValueError:
-            return {"host": "?", "pid": 0, "run_id": ""}
-
-    def at(self, step: int) -> None:
-        """Notes the step that is done; cheap, to be called each step."""
-        if self.held:
-            text = json.dumps(self._facts | {"step": step}).encode()
-            with suppress(OSError):  # a full disk is no reason to stop
-                os.pwrite(self._file.fileno(), text.ljust(LOCK_BYTES), 0)
+def _try_lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -14,8 +14,8 @@ import sys, time
 from pathlib import Path
 from forge_lib.distributed.lock import RunLock
 with RunLock(Path(sys.argv[1])) as lock:
-    lock.take("one")
-    lock.at(7)
+    lock.acquire("one")
+    lock.set_step(7)
     print("held", flush=True)
     time.sleep(60)
 """
@@ -36,12 +36,12 @@ def test_a_folder_in_use_is_refused_until_its_holder_is_dead(tmp_path, holder):
         RunLock(tmp_path) as lock,
         pytest.raises(UserError, match=f"in use by another run .process {holder.pid}"),
     ):
-        lock.take("two")
+        lock.acquire("two")
     assert json.loads((tmp_path / "run.lock").read_text())["step"] == 7, "what the holder says stays"
     holder.kill()
     holder.wait()
     with RunLock(tmp_path) as lock:
-        lock.take("two")
+        lock.acquire("two")
         assert lock.held
 
 
@@ -54,13 +54,13 @@ def test_the_last_save_of_a_dead_holder_is_waited_for(tmp_path, holder):
     stopped.kill()
     stopped.wait()
     with RunLock(tmp_path / "run") as lock:
-        lock.take("two")
+        lock.acquire("two")
         assert lock.held
 
 
 def test_a_folder_that_two_machines_of_a_run_share_is_held_by_one(tmp_path, holder):
     with RunLock(tmp_path) as lock:
-        lock.take("one")
+        lock.acquire("one")
         assert not lock.held
-        lock.at(8)
+        lock.set_step(8)
     assert json.loads((tmp_path / "run.lock").read_text())["step"] == 7

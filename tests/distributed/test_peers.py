@@ -1,10 +1,11 @@
-"""The side channel between the processes of a run."""
+"""The side channel between the processes of a run: a test is process 0, and writes into the store as process 1."""
 
+import dataclasses
 import json
 import queue
 import socket
-import sys
 import threading
+from dataclasses import dataclass
 from datetime import timedelta
 
 import pytest
@@ -12,37 +13,146 @@ import torch.distributed as dist
 from commands import QUIET, SHORT, accelerate_launcher
 
 from forge_lib.distributed import peers
-from forge_lib.errors import PeerLostError, UserError
+from forge_lib.distributed.peers import Peers
+from forge_lib.distributed.store import keys_of_attempt, read_verdict, store_verdict
+from forge_lib.distributed.verdicts import PeerState, Verdict
+from forge_lib.errors import EXIT_PEER_LOST, KINDS, PeerLostError, Stopped, UserError
 from forge_lib.process import World
 
-pytestmark = pytest.mark.usefixtures("short_farewell")
-BOB = {"beat": 1, "host": "bob", "address": "", "doing": "tokenizing", "step": 12, "leaving": False}
+BOB = PeerState(beat=1, host="bob", address="", status="tokenizing", step=12, leaving=False)
+
+
+@pytest.fixture(autouse=True)
+def short_exit(monkeypatch):
+    """Process 1 never leaves: do not wait for it."""
+    monkeypatch.setattr(peers, "EXIT_SECONDS", 0.5)
 
 
 @pytest.fixture
-def short_farewell(monkeypatch):
-    """Process 1 is played by a test, and never says that it has heard."""
-    monkeypatch.setattr(peers, "FAREWELL_SECONDS", 0.5)
+def world(free_port) -> World:
+    """Two processes on this machine, seen from the first."""
+    return World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=free_port)
 
 
-def test_waiting_says_for_whom_and_how_far_they_are(free_port, monkeypatch, capsys):
-    """Rank 1 tokenizes for longer than a waiting line takes to come, then hands in its facts."""
+def store_of_bob(world: World) -> dist.Store:
+    """Connects to the store as process 1 does, once process 0 has opened it."""
+    store = dist.TCPStore(world.main_address, world.main_port, is_master=False, timeout=timedelta(seconds=5))
+    return keys_of_attempt(store, world.attempt)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts that processes send each other."""
+
+    host: str
+    cores: int
+
+
+def test_facts_of_all_processes_come_back_by_rank(world):
+    with Peers(world) as alice:
+        store_of_bob(world).set("gather/facts/1", json.dumps({"host": "bob"}))
+        assert alice.all_gather({"host": "alice"}) == [{"host": "alice"}, {"host": "bob"}]
+
+
+def test_facts_in_a_dataclass_come_back_in_that_dataclass(world):
+    machines = [Machine("alice", 2), Machine("bob", 4)]
+    with Peers(world) as alice:
+        store_of_bob(world).set("gather/machines/1", json.dumps(dataclasses.asdict(machines[1])))
+        assert alice.all_gather(machines[0], "machines") == machines
+    with Peers(World()) as alone:
+        assert alone.all_gather(machines[0]) == machines[:1]
+
+
+def test_the_first_text_under_a_key_stays(world):
+    with Peers(world) as alice:
+        store_of_bob(world).set("first/stop", "bob stops the run")
+        alice.set_first("stop", "alice stops the run")
+        assert alice.get_first("stop") == "bob stops the run"
+    with Peers(World()) as alone:
+        alone.set_first("stop", "one")
+        alone.set_first("stop", "two")
+        assert alone.get_first("stop") == "one"
+
+
+def test_a_process_that_waits_prints_for_whom_and_how_far_they_are(world, monkeypatch, capsys):
     monkeypatch.setattr(peers, "WAIT_LINE_SECONDS", 0.5)
-    world = World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=free_port)
-    with peers.Peers(world) as side:
-        store = dist.TCPStore("127.0.0.1", free_port, is_master=False, timeout=timedelta(seconds=5))
-        other = dist.PrefixStore("forge/0", store)
-        other.set("state/1", json.dumps(BOB | {"doing": "tokenizing corpus.txt: 35%"}))
-        late = threading.Timer(1.5, lambda: other.set("facts/1", "{}"))
-        late.start()
-        assert side.all_gather({}) == [{}, {}]
-        late.join()
+    with Peers(world) as alice:
+        bob = store_of_bob(world)
+        bob.set("state/1", dataclasses.replace(BOB, status="tokenizing corpus.txt: 35%").to_json())
+        arrival = threading.Timer(1.5, lambda: bob.set("barrier/corpus/1", ""))
+        arrival.start()
+        assert alice.barrier("corpus") > 1
+        arrival.join()
     assert "waits for process 1, on bob: tokenizing corpus.txt: 35%" in capsys.readouterr().err
+
+
+def test_a_process_that_falls_silent_is_named(world):
+    message = r"lost process 1 on bob \(in step 13, tokenizing\): silent for 1 s"
+    with pytest.raises(PeerLostError, match=message), Peers(world, timeout_seconds=1) as alice:
+        store_of_bob(world).set("state/1", BOB.to_json())
+        alice.barrier("end")
+
+
+def test_a_process_that_never_starts_is_named(world):
+    message = "lost process 1: not started within [1-9] s"
+    with pytest.raises(PeerLostError, match=message), Peers(world, timeout_seconds=1, start_seconds=1) as alice:
+        alice.barrier("start")
+
+
+def test_a_process_that_hangs_in_a_collective_ends_with_the_exit_code_of_a_lost_peer(world, capsys):
+    exit_codes, errors = queue.Queue(), []
+    with Peers(world, timeout_seconds=1, leave=exit_codes.put) as alice:
+        alice.on_peer_error = errors.append
+        bob = store_of_bob(world)
+        bob.set("state/1", BOB.to_json())
+        assert exit_codes.get(timeout=20) == EXIT_PEER_LOST
+        assert "lost process 1 on bob" in str(errors[0])
+        assert "lost process 1 on bob" in read_verdict(bob).text
+    assert "error: lost process 1 on bob" in capsys.readouterr().err
+
+
+def test_a_failed_collective_names_the_process_that_hangs(world, monkeypatch):
+    """Bob sends heartbeats and has not left, so it is bob who does not take part."""
+    monkeypatch.setattr(peers, "SETTLE_SECONDS", 1.5)
+    message = r"lost process 1 on bob \(in step 13, tokenizing\): it hangs \(gloo: Timed out\)"
+    stopped = threading.Event()
+
+    def beat(bob: dist.Store) -> None:
+        number = 0
+        while not stopped.wait(0.1):
+            number += 1
+            bob.set("state/1", dataclasses.replace(BOB, beat=number).to_json())
+
+    with pytest.raises(PeerLostError, match=message), Peers(world) as alice:
+        thread = threading.Thread(target=beat, args=(store_of_bob(world),))
+        thread.start()
+        while 1 not in alice._heartbeat.states:
+            stopped.wait(0.05)
+        try:
+            raise RuntimeError("gloo: Timed out\nmore")
+        finally:
+            threading.Timer(3, stopped.set).start()
+    thread.join()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_verdict_of_another_process_is_raised_as_the_error_that_it_was(world, kind):
+    with pytest.raises(KINDS[kind], match="as bob reports"), Peers(world) as alice:
+        store_verdict(store_of_bob(world), Verdict(kind, 1, "as bob reports"))
+        alice.all_gather({})
+
+
+def test_sigterm_after_the_mistake_of_another_process_raises_that_mistake():
+    """The launcher sends SIGTERM to the processes that are left when one of them has ended."""
+    alice = Peers(World(num_processes=2))
+    alice._heartbeat.verdict = Verdict("user", 1, "bob (process 1): a wrong flag")
+    cause = alice._find_cause(Stopped("SIGTERM before the first step"))
+    assert isinstance(cause, UserError) and str(cause) == "bob (process 1): a wrong flag"
 
 
 def test_a_mistake_on_one_machine_ends_both_with_its_message(start, tmp_path, free_port):
     running = []
-    for rank, path in enumerate(["data/sample_corpus.txt", "tests/test_peers.py"]):
+    for rank, path in enumerate(["data/sample_corpus.txt", "tests/conftest.py"]):
         launcher = accelerate_launcher(tmp_path, free_port, num_machines=2, machine_rank=rank, num_processes=2)
         words = [*launcher, "scripts/train.py", *SHORT, *QUIET, "--dataset-path", path]
         running.append(start([*words, "--output-dir", tmp_path / str(rank)]))
@@ -50,72 +160,7 @@ def test_a_mistake_on_one_machine_ends_both_with_its_message(start, tmp_path, fr
     for each in ended:
         assert each.code != 0
         assert "train.py: error: " in each.output
-        assert "--dataset-path tests/test_peers.py: unknown kind of file" in each.output
+        assert "--dataset-path tests/conftest.py: unknown kind of file" in each.output
         assert each.seconds < 30
     assert f"{socket.gethostname()} (process 1): --dataset-path" in ended[0].output
     assert not (tmp_path / "0" / "final").exists()
-
-
-def test_facts_of_all_come_back_by_rank(free_port):
-    """One process plays rank 1: it writes its facts into the store as a second machine would."""
-    world = World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=free_port)
-    with peers.Peers(world) as side:
-        other = dist.TCPStore("127.0.0.1", free_port, is_master=False, timeout=timedelta(seconds=5))
-        dist.PrefixStore("forge/0", other).set("facts/1", json.dumps({"host": "bob"}))
-        assert side.all_gather({"host": "alice"}) == [{"host": "alice"}, {"host": "bob"}]
-
-
-def test_a_peer_that_falls_silent_is_named(free_port):
-    world = World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=free_port)
-    message = r"lost process 1 on bob \(in step 13, tokenizing\): silent for 1 s"
-    with pytest.raises(PeerLostError, match=message), peers.Peers(world, timeout_seconds=1) as side:
-        other = dist.TCPStore("127.0.0.1", free_port, is_master=False, timeout=timedelta(seconds=5))
-        dist.PrefixStore("forge/0", other).set("state/1", json.dumps(BOB))
-        side.all_gather({"host": "alice"})
-
-
-def test_a_process_that_hangs_in_a_collective_is_ended_with_the_code_of_a_lost_peer(free_port, capsys):
-    world = World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=free_port)
-    codes, words = queue.Queue(), []
-    with peers.Peers(world, timeout_seconds=1, leave=codes.put) as side:
-        side.on_peer_error = words.append
-        other = dist.TCPStore("127.0.0.1", free_port, is_master=False, timeout=timedelta(seconds=5))
-        dist.PrefixStore("forge/0", other).set("state/1", json.dumps(BOB))
-        assert codes.get(timeout=20) == peers.EXIT_PEER_LOST
-        assert "lost process 1 on bob" in str(words[0])
-        assert "lost process 1 on bob" in json.loads(dist.PrefixStore("forge/0", other).get("error"))["text"]
-    assert "error: lost process 1 on bob" in capsys.readouterr().err
-
-
-def test_what_another_process_says_of_the_end_is_raised_as_what_it_is(free_port):
-    world = World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=free_port)
-    for number, (kind, type_) in enumerate(peers.KINDS.items()):
-        world = World(num_processes=2, main_address="127.0.0.1", main_port=free_port, attempt=number)
-        with pytest.raises(type_, match="bob says so"), peers.Peers(world) as side:
-            other = dist.TCPStore("127.0.0.1", free_port, is_master=False, timeout=timedelta(seconds=5))
-            verdict = {"kind": kind, "rank": 1, "text": "bob says so"}
-            dist.PrefixStore(f"forge/{number}", other).set("error", json.dumps(verdict))
-            side.all_gather({})
-
-
-def test_mistakes_need_no_launcher(run):
-    ended = run([sys.executable, "scripts/train.py", "--batchsize", "3"])
-    assert ended.code == 2
-    assert (
-        ended.output
-        == "train.py: error: unknown flag --batchsize; did you mean --batch-size?; --help lists all flags\n"
-    )
-
-
-def test_a_mistake_is_what_a_process_ends_with_though_its_launcher_tells_it_to_stop(capsys):
-    """SIGTERM comes while it is on its way out for a mistake of its own, or after it has heard of another's."""
-    with pytest.raises(SystemExit, match="2"), peers.report_errors("x.py"):
-        try:
-            raise UserError("a wrong flag")
-        except UserError:
-            raise peers.Stopped("SIGTERM before the first step")  # noqa: B904 (as a signal does)
-    assert capsys.readouterr().err == "x.py: error: a wrong flag\n"
-    one = peers.Peers(World(num_processes=2, num_local_processes=2, main_address="127.0.0.1", main_port=1))
-    one._verdict = {"kind": "user", "text": "alder (process 1): a wrong flag", "rank": 1}
-    found = one._settle(peers.Stopped("SIGTERM before the first step"))
-    assert isinstance(found, UserError) and str(found) == "alder (process 1): a wrong flag"
