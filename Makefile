@@ -5,12 +5,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-SOURCES := forge_lib scripts tests data
+QUICK := not faults and not networks
+SOURCES := forge_lib scripts tests data docs
 # Python compiles what is imported, once; compiling all that is installed takes a minute longer.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo style quality test faults networks soak forecast clean
+.PHONY: setup demo smoke docs style quality test faults networks soak forecast clean
 
 setup: .venv/ready
 
@@ -38,7 +39,13 @@ demo: setup
 			--max-new-tokens 120 || exit 1; \
 	done
 	@echo
-	@echo "The model lies in $(DEMO)/final, its checkpoints in $(DEMO)/checkpoints, its metrics in $(DEMO)/metrics.jsonl."
+	@echo "The model is in $(DEMO)/final, its checkpoints in $(DEMO)/checkpoints, its metrics in $(DEMO)/metrics.jsonl."
+
+smoke: setup
+	$(BIN)/python tests/smoke_single_node.py
+
+docs: .venv/ready-dev
+	$(BIN)/python docs/make_flags.py
 
 style: .venv/ready-dev
 	$(BIN)/ruff format $(SOURCES)
@@ -49,7 +56,8 @@ quality: .venv/ready-dev
 	$(BIN)/ruff check $(SOURCES)
 
 test: quality
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup -m 'not alone and $(QUICK)'
+	$(BIN)/python -m pytest -m 'alone and $(QUICK)'
 
 faults: .venv/ready-dev
 	$(BIN)/python -m pytest -m faults
@@ -64,4 +72,4 @@ forecast: .venv/ready-dev
 	$(BIN)/python tests/check/forecast.py
 
 clean:
-	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv runs artifacts *.egg-info .pytest_cache .ruff_cache

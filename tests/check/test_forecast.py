@@ -60,6 +60,7 @@ def test_shares_fit_the_speeds_and_come_out_even():
     assert forecast.fitting_shares([Speed(0, 0.001, 0.5, 0, 1), SLOW], 8) == [7, 1], "each gets one"
 
 
+@pytest.mark.alone
 def test_a_process_is_measured_as_it_trains():
     """A model that sleeps: 10 ms, and 5 ms a sequence, in its forward pass."""
     import time

@@ -220,6 +220,7 @@ def not_wireguard(machines: Hosts, path: Path) -> str:
     )
 
 
+@pytest.mark.alone
 @pytest.mark.netns
 @pytest.mark.timeout(240)
 def test_over_wireguard_losses_are_unchanged_and_nobody_else_reads_or_reaches_the_run(machines, start, run, tmp_path):

@@ -35,6 +35,7 @@ def wrong_numbers(tmp_path_factory, home) -> tuple[Path, Finished]:
     return folder / "run", Running(words, folder / "log", prefix=["env", f"FAULTS={json.dumps(faults)}"]).finish()
 
 
+@pytest.mark.xdist_group("wrong numbers")
 def test_all_processes_skip_a_step_whose_loss_is_not_finite(wrong_numbers, table):
     """| A loss or gradient is not finite
     | All stop before the weights change, or skip the step (`--on-nonfinite skip`) | 2 |
@@ -47,6 +48,7 @@ def test_all_processes_skip_a_step_whose_loss_is_not_finite(wrong_numbers, table
     table.add("NaN loss on one rank", "all skip the step, weights unchanged")
 
 
+@pytest.mark.xdist_group("wrong numbers")
 def test_a_changed_weight_ends_the_run_before_the_next_save(wrong_numbers, table):
     """| Weights differ between processes (faulty memory) | The run names host and tensor before the next save | 4 |"""
     folder, ended = wrong_numbers
@@ -83,6 +85,7 @@ def test_a_worker_that_receives_sigterm_makes_all_save_and_the_run_resumes_to_th
     table.add("SIGTERM to a worker", "all save, exit 0; resumed bit for bit")
 
 
+@pytest.mark.alone
 def test_a_killed_process_ends_the_other_machine_which_names_it(make_rig, table):
     """| A process or its launcher is killed, or a machine crashes | All others end within seconds and name it | 3 |
 

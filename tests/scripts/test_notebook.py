@@ -10,6 +10,7 @@ import nbformat
 import pytest
 import torch
 
+pytestmark = pytest.mark.xdist_group("notebook")  # one worker executes it
 NOTEBOOK = Path(__file__).resolve().parents[2] / "scripts" / "prototype.ipynb"
 
 
