@@ -1,4 +1,4 @@
-"""A private network for machines that meet over others' networks: WireGuard, and a firewall around a run."""
+"""WireGuard: a private network between machines that untrusted networks connect, and a firewall for a run's ports."""
 
 import base64
 import ipaddress
@@ -9,19 +9,19 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from forge_lib.cluster.topology import Cluster, Machine
-from forge_lib.errors import UserError
+from forge_lib.cluster.cluster_file import Cluster, Machine
+from forge_lib.errors import UserError, as_user_error
 
-KEEPALIVE_SECONDS = 25  # a home router forgets a silent UDP link after about 30 s
+KEEPALIVE_SECONDS = 25  # a home router drops an idle UDP mapping after about 30 s
 EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def make_key(private: Path, public: Path) -> None:
-    """Makes a WireGuard key pair with `wg`; a private key that is there already stays.
+    """Makes a WireGuard key pair with the program `wg`. An existing private key is kept.
 
     Args:
-        private: its file, which its owner alone may read; it never leaves this machine.
-        public: its file, for all machines.
+        private: file of the private key. Only its owner may read it, and it never leaves this machine.
+        public: file of the public key, for all machines.
 
     Raises:
         UserError: `wg` is not installed, or a file cannot be written.
@@ -38,18 +38,18 @@ def make_key(private: Path, public: Path) -> None:
         private.chmod(0o600)
         found = subprocess.run(["wg", "pubkey"], input=private.read_text(), capture_output=True, text=True)
         if found.returncode:
-            raise UserError(f"{private} is no WireGuard key: {found.stderr.strip()}")
+            raise UserError(f"{private} is not a WireGuard key: {found.stderr.strip()}")
         public.parent.mkdir(parents=True, exist_ok=True)
         public.write_text(found.stdout)
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from None
+        raise as_user_error(error) from None
 
 
 def read_public_keys(cluster: Cluster, folder: Path) -> dict[str, str]:
-    """Returns the public keys that are in a folder, by machine.
+    """Returns the public keys in a folder, by machine name; machines without a file are left out.
 
     Raises:
-        UserError: a file holds no key, or two machines have the same one.
+        UserError: a file does not hold a key, or two machines have the same key.
     """
     keys: dict[str, str] = {}
     for machine in cluster.machines:
@@ -58,9 +58,9 @@ def read_public_keys(cluster: Cluster, folder: Path) -> dict[str, str]:
             continue
         key = path.read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch("[A-Za-z0-9+/]{43}=", key) or len(base64.b64decode(key)) != 32:
-            raise UserError(f"{path} holds no WireGuard public key")
-        for other, its_key in keys.items():
-            if its_key == key:
+            raise UserError(f"{path} does not hold a WireGuard public key")
+        for other, other_key in keys.items():
+            if other_key == key:
                 raise UserError(f"{path}: {machine.name} and {other} have the same key; each machine makes its own")
         keys[machine.name] = key
     return keys
@@ -69,14 +69,14 @@ def read_public_keys(cluster: Cluster, folder: Path) -> dict[str, str]:
 def wireguard_config(
     cluster: Cluster, machine: Machine, private_key: str, public_keys: dict[str, str], firewall_path: Path
 ) -> str:
-    """Returns the text of a `wg-quick` configuration; it holds the private key, and takes the firewall up and away."""
-    overlay = cluster.wireguard
-    network = ipaddress.ip_network(overlay.subnet)
+    """Returns the text of a `wg-quick` configuration, which contains the private key and also sets up the firewall."""
+    wireguard = cluster.wireguard
+    network = ipaddress.ip_network(wireguard.subnet)
     lines = [
-        f"# {machine.name} in {cluster.name}. It holds a private key: it stays on {machine.name}.",
+        f"# {machine.name} in {cluster.name}. It contains a private key: keep it on {machine.name}.",
         "[Interface]",
         f"Address = {cluster.address(machine)}/{network.prefixlen}",
-        f"ListenPort = {overlay.port}",
+        f"ListenPort = {wireguard.port}",
         f"PrivateKey = {private_key}",
         f"PostUp = nft -f {shlex.quote(str(firewall_path.resolve()))}",
         f"PostDown = nft delete table {_table(cluster)}",
@@ -90,7 +90,7 @@ def wireguard_config(
             f"# {peer.name}",
             "[Peer]",
             f"PublicKey = {public_keys[peer.name]}",
-            f"Endpoint = {host}:{overlay.port}",
+            f"Endpoint = {host}:{wireguard.port}",
             f"AllowedIPs = {cluster.address(peer)}/{network.max_prefixlen}",
             f"PersistentKeepalive = {KEEPALIVE_SECONDS}",
         ]
@@ -102,24 +102,24 @@ def _table(cluster: Cluster) -> str:
 
 
 def firewall(cluster: Cluster, machine: Machine) -> str:
-    """Returns an nftables file that lets connections to the ports of a run in over the overlay alone.
+    """Returns an nftables file that accepts connections to a run's ports only over the WireGuard network.
 
-    gloo, NCCL and the launcher listen on ports that the kernel chooses; those are closed too, and with them whatever
-    other program listens there.
+    gloo, NCCL and the launcher listen on ports that the kernel chooses. The whole range of such ports is closed, also
+    for other programs that listen there.
     """
     first, last = map(int, EPHEMERAL_PORTS.read_text().split()) if EPHEMERAL_PORTS.exists() else (32768, 60999)
     ports = f"{first}-{last}" if first <= cluster.port <= last else f"{cluster.port}, {first}-{last}"
     table = _table(cluster)
     return f"""#!/usr/sbin/nft -f
-# {machine.name} in {cluster.name}: the ports of a run are open to its WireGuard interface alone. So are those of any
-# other program in the same range. `wg-quick` takes this up and away with the network: {machine.name}.conf.
+# {machine.name} in {cluster.name}: the ports of a run are open only to its WireGuard interface, and so are those of
+# any other program in the same range. `wg-quick up` loads this file, `wg-quick down` removes it: {machine.name}.conf.
 table {table}
 delete table {table}
 table {table} {{
     chain input {{
         type filter hook input priority -10; policy accept;
         iifname {{ "lo", "{machine.name}" }} accept
-        # New connections to the main port, and to those that the kernel gives to gloo and NCCL.
+        # New connections to the main port, and to the ports that the kernel gives to gloo and NCCL.
         tcp flags & (fin | syn | rst | ack) == syn tcp dport {{ {ports} }} drop
     }}
 }}

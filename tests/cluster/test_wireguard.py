@@ -14,10 +14,10 @@ import numpy as np
 import psutil
 import pytest
 from commands import QUIET, ROOT, SHORT, Running, until
+from made_configs import make_configs, printed_commands
 from marked_processes import workers
 from networks import Hosts
 from run_folders import losses, wait_for_step
-from test_topology import commands, make_configs
 
 from forge_lib.process import is_running
 
@@ -105,7 +105,7 @@ def bring_up(machines: Hosts, folder: Path) -> list[list[str]]:
         flags = (folder / "cluster.yaml", "--output-dir", folder / NAMES[n - 1], "--keys", folder / "keys")
         ended = make_configs(*flags, prefix=machines.on(n))
         assert ended.returncode == 0, ended.stderr
-        printed[n] = commands(ended.stdout)
+        printed[n] = printed_commands(ended.stdout)
     assert sorted(path.name for path in (folder / "keys").iterdir()) == [f"{name}.pub" for name in NAMES]
     for n, name in enumerate(NAMES, 1):
         secrets = [path for path in (folder / name).iterdir() if path.suffix in (".key", ".conf")]
