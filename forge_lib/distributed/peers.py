@@ -21,7 +21,7 @@ import torch.distributed as dist
 from forge_lib.distributed.heartbeat import BEAT_SECONDS, LAUNCHER_STOPPED, Heartbeat
 from forge_lib.distributed.store import store_verdict
 from forge_lib.distributed.verdicts import Verdict
-from forge_lib.errors import KINDS, RESUME_HINT, Stopped, as_user_error, first_line
+from forge_lib.errors import KINDS, RESUME_HINT, Stopped, UserError, as_user_error, first_line
 from forge_lib.process import World
 
 POLL_SECONDS = 0.1
@@ -123,10 +123,17 @@ class Peers:
         if self.world.num_processes == 1:
             return [facts]
         is_dataclass = dataclasses.is_dataclass(facts)
-        text = json.dumps(dataclasses.asdict(facts) if is_dataclass else facts)
-        keys = self._store_and_wait(f"gather/{name}", text, limit_seconds)
+        fields = dataclasses.asdict(facts) if is_dataclass else facts
+        keys = self._store_and_wait(f"gather/{name}", json.dumps(fields), limit_seconds)
         values = [json.loads(self._heartbeat.store.get(key)) for key in keys]
-        return [type(facts)(**value) for value in values] if is_dataclass else values
+        if not is_dataclass:
+            return values
+        for rank, value in enumerate(values):
+            if value.keys() != fields.keys():
+                raise UserError(
+                    f"process {rank} runs another version of this program; update all machines to the same"
+                )
+        return [type(facts)(**value) for value in values]
 
     def barrier(self, name: str) -> float:
         """Waits until all processes have called this with the same name; returns the seconds that it waited.

@@ -63,6 +63,12 @@ def test_facts_in_a_dataclass_come_back_in_that_dataclass(world):
         assert alone.all_gather(machines[0]) == machines[:1]
 
 
+def test_a_process_that_sends_other_fields_is_told_to_update(world):
+    with pytest.raises(UserError, match="process 1 runs another version of this program"), Peers(world) as alice:
+        store_of_bob(world).set("gather/facts/1", json.dumps({"host": "bob", "memory": 4}))
+        alice.all_gather(Machine("alice", 2))
+
+
 def test_the_first_text_under_a_key_stays(world):
     with Peers(world) as alice:
         store_of_bob(world).set("first/stop", "bob stops the run")
