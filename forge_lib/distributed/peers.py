@@ -118,13 +118,14 @@ class Peers:
             limit_seconds: a process that lives, but has not called this by then, is lost.
 
         Raises:
+            UserError: another process sent a dataclass of other fields.
             UserError, PeerLostError, DivergedError, Stopped: another process failed or is lost.
         """
         if self.world.num_processes == 1:
             return [facts]
         is_dataclass = dataclasses.is_dataclass(facts)
         fields = dataclasses.asdict(facts) if is_dataclass else facts
-        keys = self._store_and_wait(f"gather/{name}", json.dumps(fields), limit_seconds)
+        keys = self._store_and_wait(name, json.dumps(fields), limit_seconds)
         values = [json.loads(self._heartbeat.store.get(key)) for key in keys]
         if not is_dataclass:
             return values

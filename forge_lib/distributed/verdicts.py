@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from forge_lib.errors import KINDS, first_line
 
@@ -22,10 +23,10 @@ class PeerState:
 
     beat: int
     host: str
-    address: str
-    status: str
-    step: int
-    leaving: bool
+    address: str = ""
+    status: str = ""
+    step: int = 0
+    leaving: bool = False
 
     def to_json(self) -> str:
         """Returns the state as it is stored."""
@@ -33,8 +34,8 @@ class PeerState:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "PeerState":
-        """Reads a stored state."""
-        return cls(**json.loads(text))
+        """Reads a stored state, also that of another version of this program."""
+        return cls(**_known_fields(cls, text))
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Verdict:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Verdict":
-        """Reads a stored verdict."""
-        return cls(**json.loads(text))
+        """Reads a stored verdict, also that of another version of this program."""
+        return cls(**_known_fields(cls, text))
 
 
 @dataclass(frozen=True)
@@ -145,3 +146,9 @@ class Reporter:
 
     def _lost(self, text: str) -> Verdict:
         return Verdict("lost", self.rank, f"{text}. {self.hint}")
+
+
+def _known_fields(cls: type, text: str | bytes) -> dict[str, Any]:
+    """Returns the stored fields that a dataclass has."""
+    values = json.loads(text)
+    return {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}

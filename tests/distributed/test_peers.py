@@ -50,14 +50,14 @@ class Machine:
 
 def test_facts_of_all_processes_come_back_by_rank(world):
     with Peers(world) as alice:
-        store_of_bob(world).set("gather/facts/1", json.dumps({"host": "bob"}))
+        store_of_bob(world).set("facts/1", json.dumps({"host": "bob"}))
         assert alice.all_gather({"host": "alice"}) == [{"host": "alice"}, {"host": "bob"}]
 
 
 def test_facts_in_a_dataclass_come_back_in_that_dataclass(world):
     machines = [Machine("alice", 2), Machine("bob", 4)]
     with Peers(world) as alice:
-        store_of_bob(world).set("gather/machines/1", json.dumps(dataclasses.asdict(machines[1])))
+        store_of_bob(world).set("machines/1", json.dumps(dataclasses.asdict(machines[1])))
         assert alice.all_gather(machines[0], "machines") == machines
     with Peers(World()) as alone:
         assert alone.all_gather(machines[0]) == machines[:1]
@@ -65,7 +65,7 @@ def test_facts_in_a_dataclass_come_back_in_that_dataclass(world):
 
 def test_a_process_that_sends_other_fields_is_told_to_update(world):
     with pytest.raises(UserError, match="process 1 runs another version of this program"), Peers(world) as alice:
-        store_of_bob(world).set("gather/facts/1", json.dumps({"host": "bob", "memory": 4}))
+        store_of_bob(world).set("facts/1", json.dumps({"host": "bob", "memory": 4}))
         alice.all_gather(Machine("alice", 2))
 
 

@@ -64,3 +64,7 @@ def test_what_is_stored_is_read_back_unchanged():
     verdict = Verdict("lost", -1, "lost the processes on bob", host="bob")
     assert Verdict.from_json(verdict.to_json()) == verdict
     assert PeerState.from_json(BOB.to_json().encode()) == BOB
+
+
+def test_the_state_of_another_version_of_this_program_is_read():
+    assert PeerState.from_json('{"beat": 3, "host": "bob", "doing": "tokenizing"}') == PeerState(3, "bob")
