@@ -1,4 +1,4 @@
-"""A person's mistake: one clear message, exit code 2, on every process, and nothing is left behind."""
+"""Mistakes of the user: one clear message and exit code 2 on every process, and no final model."""
 
 import sys
 
@@ -14,7 +14,7 @@ from scripts import train as train_script
 
 @pytest.fixture
 def script(capsys, monkeypatch, tmp_path):
-    """Runs scripts/train.py in this process; returns (exit code, what it wrote to stderr)."""
+    """Runs scripts/train.py in this process; returns its exit code and its stderr."""
     monkeypatch.chdir(ROOT)
 
     def script(*flags) -> tuple[int, str]:
@@ -112,7 +112,7 @@ def test_a_mistake_gives_one_message_and_exit_code_2(script, tmp_path, mistake):
 
 
 def two_machines(start, tmp_path, port, first: list, second: list) -> list:
-    """Two launchers of p2p-llm-forge with these flags; returns how they ended."""
+    """Runs p2p-llm-forge for two machines, each with its own flags; returns how they ended."""
     running = []
     for rank, flags in enumerate((first, second)):
         words = [BIN / "p2p-llm-forge", "--num-nodes", 2, "--node-rank", rank, "--master-addr", "127.0.0.1"]
@@ -129,7 +129,7 @@ def two_machines(start, tmp_path, port, first: list, second: list) -> list:
     ],
     ids=["flags", "data"],
 )
-def test_other_data_or_flags_on_a_second_machine_are_named_on_both(start, tmp_path, free_port, flags, message):
+def test_different_data_or_flags_on_a_second_machine_are_named_on_both(start, tmp_path, free_port, flags, message):
     text = (ROOT / "data" / "sample_corpus.txt").read_bytes()
     (tmp_path / "other.txt").write_bytes(text[:-3] + b"x" + text[-2:])
     flags = [flag.format(folder=tmp_path) for flag in flags]
@@ -141,16 +141,22 @@ def test_other_data_or_flags_on_a_second_machine_are_named_on_both(start, tmp_pa
         assert message in ended.output
 
 
-def test_every_process_of_a_machine_says_what_is_wrong(run, tmp_path, free_port):
+def test_every_process_of_a_machine_reports_the_mistake(run, tmp_path, free_port):
     launcher = accelerate_launcher(tmp_path, free_port, num_processes=2)
     words = [*launcher, "scripts/train.py", *SHORT, *QUIET, "--output-dir", tmp_path / "run", "--batch-size", "7"]
     ended = run(words)
     assert ended.seconds < 30
     assert "exitcode  : 2" in ended.output
     assert ended.output.count("--batch-size 7 cannot be divided among 2 processes") == 2
-    assert "SIGTERM before" not in ended.output  # by which the launcher ends the one that is not the first
+    assert "SIGTERM before" not in ended.output  # the launcher's signal to the process that ends last
 
 
-def test_help_is_no_mistake(run):
+def test_a_mistyped_flag_without_a_launcher_prints_one_line(run):
+    ended = run([sys.executable, "scripts/train.py", "--batchsize", "3"])
+    message = "train.py: error: unknown flag --batchsize; did you mean --batch-size?; --help lists all flags\n"
+    assert (ended.code, ended.output) == (2, message)
+
+
+def test_help_lists_the_flags_with_exit_code_0(run):
     ended = run([sys.executable, "scripts/train.py", "--help"])
     assert (ended.code, "--batch-size SEQUENCES" in ended.output) == (0, True)

@@ -9,8 +9,8 @@ from forge_lib.errors import UserError
 from forge_lib.process import World
 
 
-def test_output_that_is_lost_costs_nothing_else():
-    """The reader goes, then the disk is full; each later line is as good as written."""
+def test_a_program_survives_when_its_output_cannot_be_written():
+    """First the reader closes the pipe, then the disk is full."""
     program = (
         "import os, sys; from forge_lib.process import ignore_output_errors\n"
         "with ignore_output_errors():\n"

@@ -23,7 +23,7 @@ with RunLock(Path(sys.argv[1])) as lock:
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the lock on `tmp_path`, for the run "one"."""
+    """Starts another process that holds the lock on `tmp_path`, for the run "one"."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
     yield process
@@ -37,7 +37,7 @@ def test_a_folder_in_use_is_refused_until_its_holder_is_dead(tmp_path, holder):
         pytest.raises(UserError, match=f"in use by another run .process {holder.pid}"),
     ):
         lock.acquire("two")
-    assert json.loads((tmp_path / "run.lock").read_text())["step"] == 7, "what the holder says stays"
+    assert json.loads((tmp_path / "run.lock").read_text())["step"] == 7, "the refused run leaves the file as it is"
     holder.kill()
     holder.wait()
     with RunLock(tmp_path) as lock:
@@ -45,8 +45,8 @@ def test_a_folder_in_use_is_refused_until_its_holder_is_dead(tmp_path, holder):
         assert lock.held
 
 
-def test_the_last_save_of_a_dead_holder_is_waited_for(tmp_path, holder):
-    """A forked child that outlives the run holds the lock on, until the save is on disk."""
+def test_a_run_waits_for_the_last_save_of_a_dead_holder(tmp_path, holder):
+    """A forked child survives the run and keeps the lock until the save is on disk."""
     program = HOLDER.replace("time.sleep(60)", "os.fork() or time.sleep(3) or os._exit(0)\n    time.sleep(60)")
     (tmp_path / "run").mkdir()
     stopped = subprocess.Popen([sys.executable, "-c", f"import os{program}", tmp_path / "run"], stdout=subprocess.PIPE)
@@ -58,9 +58,26 @@ def test_the_last_save_of_a_dead_holder_is_waited_for(tmp_path, holder):
         assert lock.held
 
 
-def test_a_folder_that_two_machines_of_a_run_share_is_held_by_one(tmp_path, holder):
+def test_of_two_machines_that_share_a_folder_one_holds_the_lock(tmp_path, holder):
     with RunLock(tmp_path) as lock:
         lock.acquire("one")
         assert not lock.held
         lock.set_step(8)
     assert json.loads((tmp_path / "run.lock").read_text())["step"] == 7
+
+
+def test_a_folder_in_use_on_this_machine_is_not_free(tmp_path, holder):
+    with pytest.raises(UserError, match=f"in use by another run .process {holder.pid}"):
+        RunLock(tmp_path).check_free()
+    holder.kill()
+    holder.wait()
+    RunLock(tmp_path).check_free()
+
+
+@pytest.mark.parametrize("text", ["", "not JSON", "[]", '{"unknown": 1}'])
+def test_a_damaged_lock_file_does_not_keep_a_run_out(tmp_path, text):
+    (tmp_path / "run.lock").write_text(text)
+    RunLock(tmp_path).check_free()
+    with RunLock(tmp_path) as lock:
+        lock.acquire("two")
+        assert lock.held
