@@ -1,7 +1,7 @@
-"""Files that a power cut does not take: a folder is whole under its name, or does not have it.
+"""Crash-safe folders: written under a temporary name, flushed, renamed; so a folder is complete, or it does not exist.
 
-A folder is written as `.partial-NAME` beside NAME and renamed once all of it is on the disk. What had the name before
-is `.replaced-NAME` for that moment; where the power goes just then, `restore` puts it back.
+A folder is written as `.partial-NAME` beside NAME, and renamed once all of it is on the disk. An existing NAME is
+`.replaced-NAME` for that moment; if the power fails just then, `restore` renames it back.
 """
 
 import hashlib
@@ -12,23 +12,24 @@ from contextlib import suppress
 from pathlib import Path
 
 BLOCK_BYTES = 1 << 20
+LIST_NAME = ".files.json"  # marks a partial folder that another machine sends: the list of its files
 
 
 def partial_path(folder: Path) -> Path:
-    """Returns where a folder is written before it gets its name."""
+    """Returns the temporary path under which a folder is written before it is renamed."""
     return folder.with_name(f".partial-{folder.name}")
 
 
 def replaced_path(folder: Path) -> Path:
-    """Returns where what has a folder's name makes way for another of that name."""
+    """Returns the path to which an existing folder is renamed while the new one takes its name."""
     return folder.with_name(f".replaced-{folder.name}")
 
 
 def place(folder: Path) -> None:
-    """Gives a folder's partial one its name; each file in it has been flushed before.
+    """Renames a folder's partial one to its final name; all files in it must be flushed before.
 
     Raises:
-        OSError: the disk refuses; the folder is the one that it was.
+        OSError: the disk failed; the folder is still the old one.
     """
     partial, replaced = partial_path(folder), replaced_path(folder)
     flush(partial)
@@ -41,12 +42,12 @@ def place(folder: Path) -> None:
         restore(folder)
         raise
     flush(folder.parent)
-    with suppress(OSError):  # no reason to take the new one for missing
+    with suppress(OSError):  # the new folder is in place: this is no failure
         remove(replaced)
 
 
 def restore(folder: Path) -> None:
-    """Ends a `place` that was cut short: puts back what made way, or removes it where the new one has the name."""
+    """Repairs an interrupted `place`: renames the old folder back, or removes it if the new one is in place."""
     replaced = replaced_path(folder)
     if os.path.lexists(replaced) and not os.path.lexists(folder):
         replaced.rename(folder)
@@ -55,7 +56,7 @@ def restore(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk, as it is now."""
+    """Flushes a file or folder: waits until its current content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,13 +65,13 @@ def flush(path: Path) -> None:
 
 
 def flush_all(folder: Path) -> None:
-    """Waits until all that lies in a folder is on the disk."""
+    """Flushes all files and folders in a folder."""
     for path in sorted(folder.rglob("*")):
         flush(path)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a folder with all in it, or a link, where there is one."""
+    """Removes a file, a link, or a folder with its content; does nothing if it does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -80,16 +81,16 @@ def remove(path: Path) -> None:
 def stamp(path: Path | int) -> tuple[int, int, int]:
     """Returns (size in bytes, time of the last write, inode) of a file, or of an open one by its descriptor.
 
-    Equal as long as nobody has touched the file.
+    It stays equal as long as nobody changes or replaces the file.
     """
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def sha256(path: Path, advance: Callable[[int], None] = lambda num_bytes: None) -> str:
-    """Returns a file's sha256 in hexadecimal digits; `advance` is told the bytes of each block.
+    """Returns a file's sha256 in hexadecimal digits; calls `advance` with the number of bytes after each block.
 
-    The file is read, not mapped: one that shrinks meanwhile does not kill the process.
+    The file is read, not memory-mapped: if it shrinks meanwhile, the process survives.
     """
     digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
     with open(path, "rb", buffering=0) as file:

@@ -1,13 +1,16 @@
-"""Small checkpoints for tests."""
+"""Small checkpoints for tests, and functions that run in a forked process."""
 
+import os
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from forge_lib.checkpoints import format as checkpoint
+from forge_lib.checkpoints import resume
 from forge_lib.checkpoints.saver import Saver
 from forge_lib.config import TrainConfig
-from forge_lib.models.model import build_optimizers
+from forge_lib.models.optimizers import build_optimizers
 
 RUN = {"data": "x", "batch_size": 8}
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
@@ -20,7 +23,7 @@ def untrained_model(optimizer: str = "adamw") -> tuple[torch.nn.Module, list[tor
 
 
 def trained_model(optimizer: str = "adamw") -> tuple[torch.nn.Module, list[torch.optim.Optimizer]]:
-    """A small network after two steps."""
+    """Returns a small network after two steps."""
     torch.manual_seed(0)
     model, optimizers = untrained_model(optimizer)
     for _ in range(2):
@@ -28,7 +31,7 @@ def trained_model(optimizer: str = "adamw") -> tuple[torch.nn.Module, list[torch
     return model, optimizers
 
 
-def step(model, optimizers) -> None:
+def step(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     model(torch.ones(3, 4)).square().sum().backward()
     for optimizer in optimizers:
         optimizer.step()
@@ -36,7 +39,7 @@ def step(model, optimizers) -> None:
 
 
 def write(folder: Path, *steps: int, keep: int = 9, keep_best: bool = False, losses: dict | None = None) -> None:
-    """Saves at each of these steps; the model is another each time."""
+    """Saves a checkpoint at each of these steps, with different weights."""
     saver = Saver(folder, keep, keep_best, background=False)
     model, optimizers = trained_model()
     for number in steps:
@@ -45,8 +48,14 @@ def write(folder: Path, *steps: int, keep: int = 9, keep_best: bool = False, los
     assert not any(outcome.error for outcome in saver.outcomes())
 
 
-def find(folder: Path, resume: str = "auto") -> checkpoint.Found:
-    return checkpoint.find(folder, resume, RUN)
+def find(folder: Path, how: str = "auto") -> resume.Found:
+    return resume.find(folder, how, RUN)
+
+
+def load(folder: Path, optimizer: str = "adamw") -> tuple[dict, torch.nn.Module, list[torch.optim.Optimizer]]:
+    """Returns state, model and optimizers of the newest checkpoint."""
+    model, optimizers = untrained_model(optimizer)
+    return resume.load(find(folder).path, model, optimizers), model, optimizers
 
 
 def names(folder: Path) -> list[str]:
@@ -55,3 +64,27 @@ def names(folder: Path) -> list[str]:
 
 def number(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    """Returns the content of all files in a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fork(function: Callable[[], None]) -> int:
+    """Runs a function in a forked process; returns its pid. It must not train: autograd hangs in a fork."""
+    if process := os.fork():
+        return process
+    try:
+        torch.set_num_threads(1)
+        function()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def run_forked(function: Callable[[], None]) -> None:
+    """Runs a function in a forked process, which has its own limits and mounts; fails if it fails."""
+    assert os.waitpid(fork(function), 0)[1] == 0

@@ -1,1 +1,1 @@
-"""Checkpoints: their format, how one is verified and found, and when they are written and deleted."""
+"""Checkpoints: writes, verifies, finds, loads and deletes them."""
