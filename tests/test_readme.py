@@ -12,7 +12,7 @@ from commands import ROOT
 
 from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
-from forge_lib.launch.launch import ForgeConfig
+from forge_lib.launch.config import ForgeConfig
 
 PAGES = ["README.md", "README.tr.md", "CONTRIBUTING.md", "accelerate_configs/README.md", "data/README.md"]
 CONFIGS = {

@@ -1,274 +1,207 @@
-"""The roll call of the machines, before any launcher is started, over the main machine's port.
+"""Checks which machines are there, over the main machine's port, before any launcher starts.
 
-Who is missing, whose number is taken, which port is in use and which machine cannot be reached are said at once;
-accelerate's launcher would wait for ten minutes in silence.
+It names at once a missing machine, a machine number that is used twice, a port in use and a machine that cannot be
+reached. accelerate's launcher would wait for ten minutes without a message.
 """
 
-import errno
+import dataclasses
 import json
-import queue
 import socket
-import threading
 import time
-from collections.abc import Callable
-from datetime import timedelta
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
 
-import psutil
 import torch.distributed as dist
 
-from forge_lib.config import LaunchConfig
-from forge_lib.errors import UserError
+from forge_lib.distributed.store import keys_of_attempt, store_verdict
+from forge_lib.distributed.verdicts import Verdict
+from forge_lib.errors import UserError, explain_connection_error, first_line
+from forge_lib.launch.config import ForgeConfig
+from forge_lib.launch.messages import Waiting
+from forge_lib.launch.rendezvous_store import RendezvousStore, UnavailableError
 
-T = TypeVar("T")
 REACH_SECONDS = 20  # how long a machine tries to reach the main machine, and waits for its answer
 POLL_SECONDS = 0.25
-FAREWELL_SECONDS = 3
 
 
-class AwayError(UserError):
-    """A machine that does not come or cannot be reached: at first a mistake, in a restart to be waited for."""
+@dataclass(frozen=True)
+class Registration:
+    """What a machine stores under its number.
+
+    Attributes:
+        id: of its supervisor: tells two machines with one number apart.
+        host: its host name.
+        num_nodes: number of machines that it was told to expect.
+    """
+
+    id: str
+    host: str
+    num_nodes: int
+
+    def to_json(self) -> str:
+        """Returns it as it is stored."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Registration":
+        """Reads a stored one."""
+        return cls(**json.loads(text))
 
 
-class Roll:
-    """One machine's part in the roll call: it waits until every machine is there.
+class Rendezvous:
+    """One machine's part: it registers its number and waits for the other machines.
 
-    A machine that is away is a mistake at first. In a restart it is waited for, by the name that it had.
+    Args:
+        config: of this machine.
+        machine_id: of its supervisor.
+        hosts: host names by machine number, from the previous attempt; messages name them.
+        keep_trying: whether a missing machine is waited for until the deadline, because restarts are allowed. If not,
+            a main machine that cannot be reached is a user mistake after REACH_SECONDS.
+        deadline: of time.monotonic(), for keep_trying.
+        pipe: to the supervisor.
     """
 
     def __init__(
         self,
-        config: LaunchConfig,
+        config: ForgeConfig,
         machine_id: str,
         hosts: dict[int, str],
-        is_patient: bool,
-        until: float,
-        tell: Connection,
+        keep_trying: bool,
+        deadline: float,
+        pipe: Connection,
     ):
-        self.config, self.hosts, self.is_patient, self.until, self.tell = config, hosts, is_patient, until, tell
-        self.me = {"id": machine_id, "host": socket.gethostname(), "num_nodes": config.num_nodes}
-        at = f"{hosts[0]} at " if 0 in hosts else ""
-        self.main_machine = f"the main machine {at}{config.master_addr}:{config.master_port}"
+        self.config, self.hosts, self.pipe = config, hosts, pipe
+        self.keep_trying, self.deadline = keep_trying, deadline
+        self.own = Registration(machine_id, socket.gethostname(), config.num_nodes)
+        host = f"{hosts[0]} at " if 0 in hosts else ""
+        self.main_machine = f"the main machine {host}{config.master_addr}:{config.master_port}"
 
-    def call(self) -> dict[int, str]:
-        """Returns the host names by machine number, and leaves the main machine's port to accelerate's launcher.
+    def join(self) -> dict[int, str]:
+        """Waits for all machines; returns their host names by number. Then the port is free for accelerate's launcher.
 
         Raises:
-            AwayError: the main machine cannot be reached, or a machine is missing after `join_timeout`.
-            UserError: a number is taken twice, or another machine has made a mistake.
+            UnavailableError: the main machine cannot be reached, or a machine is missing after `join_timeout`.
+            UserError: a number is used twice, or another machine has reported a mistake.
         """
         try:
-            return self._call()
+            return self._join()
         except (dist.DistError, OSError) as error:
             who = self.main_machine if self.config.node_rank else "another machine"
-            raise AwayError(f"lost {who}: {str(error).splitlines()[0]}; see its message there") from None
+            raise UnavailableError(f"lost {who}: {first_line(error)}; see the message there") from None
 
-    def _call(self) -> dict[int, str]:
+    def _join(self) -> dict[int, str]:
         config = self.config
-        link = self._reach() if config.node_rank else None
+        connection = self._connect() if config.node_rank else None
         try:
-            store = _open_store(config, timeout_seconds=REACH_SECONDS / 2, is_master=config.node_rank == 0)
-        except AwayError as error:
-            raise (error if config.node_rank else _tell_main_machine(config, error)) from None
-        if self.is_patient:
-            # Processes of the attempt before may be on this port still, waiting for one that is gone.
-            text = f"lost the processes on {self.me['host']}, which starts anew"
-            verdict = {"kind": "lost", "rank": -1, "host": self.me["host"], "text": text}
-            _ask(dist.PrefixStore("forge/0", store.underlying_store).compare_set, "error", "", json.dumps(verdict))
-        self._sign_in(store)
-        start = time.monotonic()
-        while missing := [n for n in range(config.num_nodes) if not _ask(store.check, [f"node/{n}"])]:
-            self._hear(store)
-            names = [f"{n} ({self.hosts[n]})" if n in self.hosts else str(n) for n in missing]
-            who = f"machine{'s' if len(missing) > 1 else ''} {', '.join(names)} of {config.num_nodes}"
-            if time.monotonic() > (self.until if self.is_patient else start + config.join_timeout):
-                raise AwayError(f"{who} did not come within --join-timeout {config.join_timeout:g} s; start them too")
-            self._wait_for(f"{who} (--node-rank) at {config.master_addr}:{config.master_port}")
-            time.sleep(POLL_SECONDS)
-        self._hear(store)
-        hosts = {n: json.loads(_ask(store.get, f"node/{n}"))["host"] for n in range(config.num_nodes)}
-        _ask(store.set, f"ready/{config.node_rank}", "")
-        if link:
-            link.settimeout(REACH_SECONDS)
-            link.recv(1)  # ends when the main machine has closed its store
-            link.close()
+            store = RendezvousStore(config, open_seconds=REACH_SECONDS / 2, is_master=config.node_rank == 0)
+        except UnavailableError as error:
+            raise (error if config.node_rank else report_to_main_machine(config, error)) from None
+        if self.keep_trying:
+            self._end_previous_attempt(store)
+        self._register(store)
+        self._wait_for_machines(store)
+        registered = [Registration.from_json(store.get(f"node/{n}")) for n in range(config.num_nodes)]
+        store.set(f"ready/{config.node_rank}", "")
+        if connection:
+            connection.settimeout(REACH_SECONDS)
+            connection.recv(1)  # returns when the main machine has closed its store
+            connection.close()
         else:
-            store.wait([f"ready/{n}" for n in range(config.num_nodes)], timedelta(seconds=REACH_SECONDS))
-        return hosts
+            store.wait([f"ready/{n}" for n in range(config.num_nodes)], REACH_SECONDS)
+        return {n: registration.host for n, registration in enumerate(registered)}
 
-    def _sign_in(self, store: dist.Store) -> None:
-        """Takes this machine's number; the mistake is told to all where that cannot be."""
-        config, me = self.config, self.me
-        holder = json.loads(_ask(store.compare_set, f"node/{config.node_rank}", "", json.dumps(me)))
-        until = self.until if self.is_patient else time.monotonic() + REACH_SECONDS
-        while not _ask(store.check, ["node/0"]):
-            if time.monotonic() > until:
-                raise AwayError(f"{self.main_machine} is there, but calls no roll")
-            self._wait_for(f"{self.main_machine}: its attempt before has not ended")
-            time.sleep(POLL_SECONDS)
-        main_machine = json.loads(_ask(store.get, "node/0"))
-        if holder["id"] != me["id"]:
-            mistake = f"two machines were started as --node-rank {config.node_rank}: {holder['host']} and {me['host']}"
-        elif main_machine["num_nodes"] != config.num_nodes:
-            mistake = (
-                f"{me['host']} was started with --num-nodes {config.num_nodes}, the main machine "
-                f"{main_machine['host']} with {main_machine['num_nodes']}"
-            )
-        else:
-            return
-        _tell(store, mistake)
-        raise UserError(mistake)
-
-    def _reach(self) -> socket.socket:
-        """Returns a connection to the main machine, telling apart the ways in which that can fail."""
+    def _connect(self) -> socket.socket:
+        """Returns a connection to the main machine, which stays open until the main machine closes its store."""
         config = self.config
-        patience = config.join_timeout if self.is_patient else REACH_SECONDS
-        until = self.until if self.is_patient else time.monotonic() + REACH_SECONDS
+        seconds = config.join_timeout if self.keep_trying else REACH_SECONDS
+        deadline = self._deadline(REACH_SECONDS)
         while True:
             try:
                 return socket.create_connection((config.master_addr, config.master_port), timeout=5)
-            except socket.gaierror:
-                if not self.is_patient:
-                    raise UserError(
-                        f"--master-addr {config.master_addr}: the name does not resolve on this machine"
-                    ) from None
-                reason, cure = "no address", "the name does not resolve on this machine"
-            except ConnectionRefusedError:
-                reason = "refused"
-                cure = "it is there, but nothing listens on that port: start the main machine (--node-rank 0) first"
-            except TimeoutError:
-                reason, cure = "no answer", "it is off, or a firewall drops what is sent to that port"
             except OSError as error:
-                reason, cure = (error.strerror or str(error)).lower(), "check --master-addr and the network"
-            if time.monotonic() > until:
-                raise AwayError(f"cannot reach {self.main_machine} for {patience:g} s: {reason}: {cure}")
-            if self.is_patient:
-                self._wait_for(f"{self.main_machine}: {reason}")
+                what, cause = explain_connection_error(error)
+                if isinstance(error, socket.gaierror) and not self.keep_trying:
+                    raise UserError(f"--master-addr {config.master_addr}: {what}; {cause}") from None
+                if isinstance(error, ConnectionRefusedError):
+                    cause += "; start the main machine (--node-rank 0) first"
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"cannot reach {self.main_machine} for {seconds:g} s: {what}; {cause}")
+            if self.keep_trying:
+                self._report_waiting(f"{self.main_machine}: {what}")
             time.sleep(1)
 
-    def _wait_for(self, whom: str) -> None:
-        self.tell.send(("waits", f"{self.me['host']} waits for {whom}"))
+    def _end_previous_attempt(self, store: RendezvousStore) -> None:
+        """Ends processes of the previous attempt that still use this port and wait for a process that is gone."""
+        verdict = Verdict("lost", -1, f"lost the processes on {self.own.host}, which starts again", self.own.host)
+        store.call(lambda whole: store_verdict(keys_of_attempt(whole, 0), verdict))
 
-    def _hear(self, store: dist.Store) -> None:
-        """Raises the mistake that another machine has left."""
-        try:
-            if not _ask(store.check, ["error"]):
-                return
-            mistake = _ask(store.get, "error").decode()
-        except dist.DistError:
-            raise AwayError(f"{self.main_machine} has stopped; see its message there") from None
-        if self.config.node_rank == 0:
-            time.sleep(FAREWELL_SECONDS)  # the store ends with this process: let the others read it first
+    def _register(self, store: RendezvousStore) -> None:
+        """Takes this machine's number.
+
+        Raises:
+            UserError: another machine has it, or the machines disagree about --num-nodes; all machines are told.
+        """
+        config, own = self.config, self.own
+        holder = Registration.from_json(store.set_first(f"node/{config.node_rank}", own.to_json()))
+        deadline = self._deadline(REACH_SECONDS)
+        while not store.has("node/0"):
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"{self.main_machine} answers, but does not take part in the rendezvous")
+            self._report_waiting(f"{self.main_machine}: its previous attempt has not ended")
+            time.sleep(POLL_SECONDS)
+        main = Registration.from_json(store.get("node/0"))
+        if holder.id != own.id:
+            mistake = f"two machines were started as --node-rank {config.node_rank}: {holder.host} and {own.host}"
+        elif main.num_nodes != config.num_nodes:
+            mistake = (
+                f"{own.host} was started with --num-nodes {config.num_nodes}, the main machine {main.host} with "
+                f"{main.num_nodes}; give all machines the same number"
+            )
+        else:
+            return
+        store.report_mistake(mistake)
         raise UserError(mistake)
 
+    def _wait_for_machines(self, store: RendezvousStore) -> None:
+        config = self.config
+        deadline = self._deadline(config.join_timeout)
+        while missing := [n for n in range(config.num_nodes) if not store.has(f"node/{n}")]:
+            self._check_mistake(store)
+            names = [f"{n} ({self.hosts[n]})" if n in self.hosts else str(n) for n in missing]
+            who = f"machine{'s' if len(missing) > 1 else ''} {', '.join(names)} of {config.num_nodes}"
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"{who} did not start within --join-timeout {config.join_timeout:g} s; start the command there too"
+                )
+            self._report_waiting(f"{who} (--node-rank) at {config.master_addr}:{config.master_port}")
+            time.sleep(POLL_SECONDS)
+        self._check_mistake(store)
 
-def check_port(config: LaunchConfig, patience_seconds: float) -> None:
-    """The main machine must own the main address, and the port must be free there, at the latest after a while."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(config.master_addr, config.master_port, type=socket.SOCK_STREAM)[
-            0
-        ]
-    except socket.gaierror:
-        raise AwayError(f"--master-addr {config.master_addr}: the name does not resolve") from None
-    until = time.monotonic() + patience_seconds
-    while error := _try_port(family, address):
-        if error.errno != errno.EADDRINUSE or time.monotonic() >= until:
-            break
-        time.sleep(POLL_SECONDS)
-    else:
-        return
-    mistake = UserError(f"--master-port {config.master_port}: {error.strerror} on {socket.gethostname()}")
-    if error.errno == errno.EADDRINUSE:
-        mistake = UserError(
-            f"--master-port {config.master_port} is in use on {socket.gethostname()}, by another run or another "
-            "program; give another port, the same on every machine"
-        )
-    if error.errno == errno.EADDRNOTAVAIL:
-        own = sorted(a.address for nic in psutil.net_if_addrs().values() for a in nic if a.family == family)
-        mistake = AwayError(
-            f"this machine ({socket.gethostname()}: {', '.join(own)}) was started as --node-rank 0, but "
-            f"--master-addr {config.master_addr} is not its address; number 0 is the main machine's, each other "
-            "machine needs a number of its own"
-        )
-    if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and config.num_nodes > 1:
-        mistake = _tell_main_machine(config, mistake)
-    raise mistake
-
-
-def _try_port(family: int, address: tuple) -> OSError | None:
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return error
-    return None
-
-
-def _tell_main_machine(config: LaunchConfig, mistake: UserError) -> UserError:
-    """Returns the mistake; a main machine that calls the roll already is told of it, as one of two with its number."""
-    try:
-        store = _open_store(config, timeout_seconds=3)
-        _patiently(lambda: store.wait(["node/0"], timedelta(seconds=3)), 6)
-    except (UserError, dist.DistError, OSError):
-        return mistake  # whatever is at that address, it calls no roll
-    mistake = UserError(f"two machines were started as --node-rank 0: {mistake}")
-    _tell(store, str(mistake))
-    return mistake
-
-
-def _open_store(config: LaunchConfig, timeout_seconds: float, is_master: bool = False) -> dist.Store:
-    """Opens the store on the main machine's port; AwayError where that cannot be."""
-
-    def connect() -> dist.Store:
-        return dist.TCPStore(
-            config.master_addr,
-            config.master_port,
-            is_master=is_master,
-            timeout=timedelta(seconds=timeout_seconds),
-            wait_for_workers=False,
-        )
-
-    try:
-        return dist.PrefixStore("forge-roll", _patiently(connect, timeout_seconds))
-    except (dist.DistError, TimeoutError) as error:
-        reason = str(error).splitlines()[0]
-    where = f"{config.master_addr}:{config.master_port}"
-    if is_master:
-        raise AwayError(f"cannot listen on {where}: {reason}; give another --master-port")
-    raise AwayError(f"{where} answers, but not as a main machine does: is it another program's port? ({reason})")
-
-
-def _ask(operation: Callable[..., T], *args: Any) -> T:
-    return _patiently(lambda: operation(*args), REACH_SECONDS)
-
-
-def _patiently(operation: Callable[[], T], timeout_seconds: float) -> T:
-    """Returns what a store's operation returns; TimeoutError where it does not.
-
-    It runs in a thread that can be left behind, since torch waits for ever for a link that falls silent, and for a
-    program that takes the connection and never answers.
-    """
-    outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-
-    def work() -> None:
+    def _check_mistake(self, store: RendezvousStore) -> None:
+        """Raises the mistake that another machine has reported."""
         try:
-            outcome.put((operation(), None))
-        except Exception as error:
-            outcome.put((None, error))
+            mistake = store.reported_mistake()
+        except dist.DistError:
+            raise UnavailableError(f"{self.main_machine} has stopped; see the message there") from None
+        if mistake:
+            if self.config.node_rank == 0:
+                store.let_others_read()
+            raise UserError(mistake)
 
-    threading.Thread(target=work, daemon=True).start()
+    def _deadline(self, seconds: float) -> float:
+        return self.deadline if self.keep_trying else time.monotonic() + seconds
+
+    def _report_waiting(self, whom: str) -> None:
+        self.pipe.send(Waiting(f"{self.own.host} waits for {whom}"))
+
+
+def report_to_main_machine(config: ForgeConfig, mistake: UserError) -> UserError:
+    """Returns the mistake of a machine with number 0, after reporting it to another one with that number, if any."""
     try:
-        value, error = outcome.get(timeout=timeout_seconds)
-    except queue.Empty:
-        raise TimeoutError(f"it says nothing for {timeout_seconds:g} s") from None
-    if error:
-        raise error
-    return value
-
-
-def _tell(store: dist.Store, mistake: str) -> None:
-    """Leaves a mistake for all machines, and gives them a moment to read it."""
-    _ask(store.set, "error", mistake)
-    time.sleep(FAREWELL_SECONDS)
+        store = RendezvousStore(config, open_seconds=3)
+        store.wait(["node/0"], 3)
+    except (UserError, dist.DistError, OSError):
+        return mistake  # whatever is at that address, it is not a rendezvous
+    mistake = UserError(f"two machines were started as --node-rank 0: {mistake}")
+    store.report_mistake(str(mistake))
+    return mistake
