@@ -1,0 +1,136 @@
+"""Forecasts a run on the machines of a cluster and on others like them, and recommends flags."""
+
+import math
+from dataclasses import dataclass
+
+from forge_lib.check.forecast import (
+    Network,
+    Speed,
+    Step,
+    buckets,
+    fitting_shares,
+    forecast_ddp,
+    forecast_every,
+    mean_speed,
+)
+from forge_lib.config import TrainConfig
+
+NUMBERS_OF_MACHINES = (2, 4, 8, 16, 32, 64)
+GAIN = 1.1  # a flag is recommended if it makes a step faster by this factor
+NETWORK_FRACTION = 0.2  # a note is due if the network takes more of a step
+
+
+@dataclass(frozen=True)
+class Estimate(Step):
+    """The forecast of one step with its throughput over all processes."""
+
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """One step with gradients in fp32, with gradients in fp16, and with averaging every H steps."""
+
+    ddp: Estimate
+    ddp_fp16: Estimate
+    every: Estimate
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What check_cluster.py forecasts; these names are keys of its --json.
+
+    Attributes:
+        here: for the machines of the cluster, with the given flags.
+        such_machines: by number of machines like them; None if the batch is too small for so many.
+        sync_every: steps between two averagings.
+        flags: recommended flags of scripts/train.py.
+        with_flags: for the machines of the cluster with these flags.
+        notes: sentences for the user.
+    """
+
+    here: Estimates
+    such_machines: dict[int, Estimates | None]
+    sync_every: int
+    flags: str
+    with_flags: Estimate
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is the same in all forecasts of a run.
+
+    Attributes:
+        run: gives the batch and its sequences.
+        network: between the processes.
+        parameter_bytes: bytes of each trainable parameter, in the model's order.
+        sync_every: steps between two averagings.
+    """
+
+    run: TrainConfig
+    network: Network
+    parameter_bytes: list[int]
+    sync_every: int
+
+    def estimate(self, speeds: list[Speed], shares: list[int]) -> Estimates:
+        """Forecasts a step of processes with these speeds and shares, by rank."""
+        given = (speeds, shares, self.run.micro_batch_size, self.network)
+        bucket_bytes = buckets(self.parameter_bytes)
+        every = forecast_every(*given, sum(self.parameter_bytes), self.sync_every)
+        steps = (forecast_ddp(*given, bucket_bytes), forecast_ddp(*given, bucket_bytes, fp16=True), every)
+        num_tokens = self.run.batch_size * self.run.sequence_length
+        return Estimates(*(Estimate(**vars(step), tokens_per_second=num_tokens / step.seconds) for step in steps))
+
+
+def make_forecast(workload: Workload, num_machines: int, speeds: list[Speed], shares: list[int]) -> Forecast:
+    """Forecasts a run.
+
+    Args:
+        workload: of the run.
+        num_machines: of the cluster.
+        speeds: of the processes, by rank.
+        shares: sequences of the processes, by rank, with the given flags.
+    """
+    here = workload.estimate(speeds, shares)
+    such_machines = {}
+    for count in NUMBERS_OF_MACHINES if num_machines > 1 else ():
+        num_processes = count * max(1, round(len(speeds) / num_machines))
+        such_machines[count] = _estimate_equal_processes(workload, speeds, num_processes)
+    flags, with_flags = _recommend(workload, speeds, shares, here)
+    notes = []
+    if with_flags.sync > NETWORK_FRACTION * with_flags.seconds:
+        fraction = with_flags.sync / with_flags.seconds
+        notes.append(
+            f"The processes wait for the network in {fraction:.0%} of a step. With a larger --batch-size, they "
+            "synchronize less often."
+        )
+    return Forecast(here, such_machines, workload.sync_every, " ".join(flags), with_flags, notes)
+
+
+def _estimate_equal_processes(workload: Workload, speeds: list[Speed], num_processes: int) -> Estimates | None:
+    """Forecasts a step of processes that all have the mean of these speeds and equal shares."""
+    if num_processes > workload.run.batch_size:
+        return None
+    share = math.ceil(workload.run.batch_size / num_processes)
+    return workload.estimate([mean_speed(speeds)] * num_processes, [share] * num_processes)
+
+
+def _recommend(
+    workload: Workload, speeds: list[Speed], shares: list[int], here: Estimates
+) -> tuple[list[str], Estimate]:
+    """Returns the recommended flags, and the forecast of a step with them."""
+    run = workload.run
+    flags = [f"--batch-size {run.batch_size}", f"--micro-batch-size {run.micro_batch_size}"]
+    best = here
+    fitting = fitting_shares(speeds, run.batch_size)
+    with_fitting = workload.estimate(speeds, fitting)
+    if with_fitting.ddp.seconds * GAIN < here.ddp.seconds:
+        parts = [share // math.gcd(*fitting) for share in fitting]
+        flags.append(f"--shares {':'.join(map(str, parts))}")
+        best = with_fitting
+    elif run.shares:
+        flags.append(f"--shares {run.shares}")
+    if best.ddp_fp16.seconds * GAIN < best.ddp.seconds:
+        return [*flags, "--gradient-compression fp16"], best.ddp_fp16
+    return flags, best.ddp

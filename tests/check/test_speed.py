@@ -1,0 +1,33 @@
+"""The speed of a process, measured on a model whose speed is known."""
+
+import time
+
+import pytest
+import torch
+
+from forge_lib.check.speed import measure_speed
+
+
+class Sleepy(torch.nn.Module):
+    """A model whose forward pass takes 10 ms, and 5 ms for each sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(10, 10)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, use_cache):
+        time.sleep(0.01 + 0.005 * len(input_ids))
+        return type("Output", (), {"logits": self.embedding(input_ids)})
+
+
+@pytest.mark.alone
+def test_the_fixed_time_and_the_time_per_sequence_are_measured_apart():
+    model = Sleepy()
+    optimizer = torch.optim.SGD(model.parameters())
+    speed = measure_speed(model, [optimizer], 8, 6, "cpu", "no")
+    assert speed.per_sequence == pytest.approx(0.005, rel=0.3)
+    assert speed.gradient_seconds(6, 6)[0] == pytest.approx(0.04, rel=0.3)
+    assert speed.backward < 0.3, "nearly all of the time is the forward pass"
