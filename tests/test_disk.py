@@ -1,4 +1,4 @@
-"""A folder gets its name whole, whatever happens meanwhile."""
+"""A crash-safe folder is complete under its name: the old one or the new one, whatever fails meanwhile."""
 
 import os
 import shutil
@@ -12,12 +12,12 @@ OPERATIONS = ["rename 1", "fsync 1", "fsync 2", "rename 2", "rmtree 1"]
 
 
 class PowerCut(BaseException):
-    """Nothing of this process happens any more."""
+    """Ends the process at this operation."""
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder of two files that is to be replaced by another one."""
+    """A folder of two files, and the partial folder that shall replace it."""
     for path, text in ((tmp_path / "folder", "old"), (tmp_path / ".partial-folder", "new")):
         path.mkdir()
         (path / "a").write_text(text)
@@ -26,7 +26,7 @@ def folder(tmp_path) -> Path:
 
 
 def fail_at(patch: pytest.MonkeyPatch, operation: str, error: BaseException) -> None:
-    """Has the n-th of such operations raise."""
+    """Makes the n-th call of an operation (`rename 2`: the second rename) raise an error."""
     name, number = operation.split()
     owner = shutil if name == "rmtree" else os
     function, count = getattr(owner, name), iter(range(1, 100))
@@ -44,7 +44,7 @@ def content(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_power_cut_leaves_the_old_folder_or_the_new_one_and_nothing_else_that_stays(folder, operation):
+def test_a_power_cut_leaves_the_old_or_the_new_folder_and_restore_removes_the_rest(folder, operation):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
         fail_at(patch, operation, PowerCut())
         disk.place(folder)
@@ -54,7 +54,7 @@ def test_a_power_cut_leaves_the_old_folder_or_the_new_one_and_nothing_else_that_
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_disk_that_refuses_leaves_the_folder_that_was_there_or_has_the_new_one(folder, operation):
+def test_a_disk_error_leaves_the_old_folder_or_the_new_one(folder, operation):
     with pytest.MonkeyPatch.context() as patch:
         fail_at(patch, operation, OSError(28, "No space left on device"))
         try:
@@ -65,7 +65,7 @@ def test_a_disk_that_refuses_leaves_the_folder_that_was_there_or_has_the_new_one
             assert operation == "rmtree 1" and content(folder) == {"new"}
 
 
-def test_what_lies_under_the_partial_name_is_the_folder_afterwards(folder):
+def test_the_partial_folder_itself_is_renamed_not_copied(folder):
     before = os.stat(disk.partial_path(folder)).st_ino
     disk.place(folder)
     assert os.stat(folder).st_ino == before
