@@ -42,7 +42,7 @@ def binary_file(folder):
 
 def wrong_column(folder):
     (folder / "x.jsonl").write_text('{"body": "text"}\n')
-    return ["--dataset-path", folder / "x.jsonl"], "it has 'body': name one with --text-column"
+    return ["--dataset-path", folder / "x.jsonl"], "it has 'body': name one of them with --text-column"
 
 
 def little_text(folder):
@@ -75,7 +75,7 @@ def one_document(folder):
 
 def folder_that_is_a_file(folder):
     (folder / "taken").write_text("")
-    return ["--output-dir", folder / "taken"], "cannot be written to"
+    return ["--output-dir", folder / "taken"], "is not writable"
 
 
 def vocabulary_too_small(folder):
