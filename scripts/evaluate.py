@@ -1,37 +1,46 @@
-r"""Measures a trained model on a text: loss, perplexity, bits per byte, next-token accuracy.
+r"""Evaluates a trained model on a text: loss, perplexity, bits per byte, next-token accuracy.
 
     python scripts/evaluate.py --model-name runs/a/final --dataset-path heldout.txt
 
-On what scripts/train.py has held out, with its flags, over one or more processes:
+On what scripts/train.py has held out, with the same flags, over one or more processes:
 
     accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml scripts/evaluate.py \
         --model-name runs/a/final --dataset-path data/sample_corpus.txt --sample-by paragraph --eval-fraction 0.05
 
-Metrics of the `evaluate` package, by name (from the Hub) or by path, compare what the model writes after the first
+Metrics of the `evaluate` package, by name (from the Hub) or by path, compare what the model generates after the first
 half of a document with the second half:
 
     python scripts/evaluate.py --model-name runs/a/final --dataset-path heldout.txt --metrics rouge bleu
 """
+
+from __future__ import annotations  # names of transformers in signatures are not imported
 
 import json
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from forge_lib.config import BlockConfig, DataConfig, ModelNameConfig, WorldConfig, flag
-from forge_lib.data import blocks, corpus
-from forge_lib.distributed.agreement import agree, check_world, compare_inputs
+from forge_lib.config import BlockConfig, DataConfig, ModelNameConfig, RangeChecked, WorldConfig, flag
+from forge_lib.data.blocks import BlockDataset, TokenStream, split_documents
+from forge_lib.data.corpus import prepare_store
+from forge_lib.data.token_store import TokenStore
+from forge_lib.distributed.agreement import Agreement, agree, check_world, compare_inputs
 from forge_lib.distributed.device import choose_device
 from forge_lib.distributed.facts import InputFacts, local_facts
 from forge_lib.distributed.peers import Peers
 from forge_lib.distributed.reporting import report_errors
-from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
-from forge_lib.models import model as models
+from forge_lib.models.fingerprints import hash_weights
+from forge_lib.models.generation import generate_text
+from forge_lib.models.loading import check_positions, load_tokenizer, load_trained_model
 from forge_lib.process import World
-from forge_lib.training import metrics
+from forge_lib.training.evaluation import evaluate_model
+
+GROUP_TIMEOUT = timedelta(minutes=10)
+MIN_HALF = 4  # tokens in half of a document; shorter documents are no prompts
 
 
 @dataclass(kw_only=True)
@@ -40,49 +49,44 @@ class MeasureConfig:
 
     _argument_group_name = "evaluation"
 
-    eval_fraction: float = flag(0.0, "only what train.py held out with this flag; 0 for all", "FRACTION")
-    seed: int = flag(0, "train.py's, which decides what was held out", "SEED")
-    micro_batch_size: int = flag(8, "sequences of one forward pass on one device", "SEQUENCES")
-    metrics: list[str] = field(
-        default_factory=list, metadata={"help": "metrics of the evaluate package, of written text", "metavar": "NAME"}
+    eval_fraction: float = flag(
+        0.0, "only what train.py held out with this value; 0: the whole text", "FRACTION", at_least=0, below=1
     )
-    num_prompts: int = flag(16, "documents that --metrics has the model go on with", "COUNT")
+    seed: int = flag(0, "the seed of train.py, which selects what was held out", "SEED")
+    micro_batch_size: int = flag(8, "sequences per forward pass on one device", "SEQUENCES", at_least=1)
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={"help": "metrics of the evaluate package for generated text", "metavar": "NAME"},
+    )
+    num_prompts: int = flag(16, "number of documents that the model continues for --metrics", "COUNT", at_least=1)
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(MeasureConfig, WorldConfig, BlockConfig, DataConfig, ModelNameConfig):
-    """Everything that this script reads."""
-
-    def __post_init__(self):
-        if not 0 <= self.eval_fraction < 1 or self.micro_batch_size < 1 or self.sequence_length < 2:
-            raise UserError(
-                "expected --eval-fraction from 0 to below 1, --micro-batch-size from 1, --sequence-length from 2; "
-                f"found {self.eval_fraction}, {self.micro_batch_size}, {self.sequence_length}"
-            )
+class EvaluateConfig(RangeChecked, MeasureConfig, WorldConfig, BlockConfig, DataConfig, ModelNameConfig):
+    """Every flag of this script."""
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
-    """Prints the results as JSON on the main process, and returns them on all. Call on all processes."""
+    """Prints the results as JSON on the main process, and returns them on all processes. Call on all processes."""
     world = World.from_environment()
+    metrics = []
     with Peers(world) as peers:
         device = choose_device(config.device, world)
-        tokenizer = models.load_tokenizer(config)
-        model = models.load_trained_model(config)
-        models.check_positions(model.config, config.sequence_length)
-        store = corpus.prepare_store(config, tokenizer, progress=peers.set_status)
-        stream = blocks.TokenStream(store.tokens, store.documents)
+        tokenizer = load_tokenizer(config)
+        model = load_trained_model(config)
+        check_positions(model.config, config.sequence_length)
+        store = prepare_store(config, tokenizer, progress=peers.set_status)
+        stream = TokenStream(store.tokens, store.documents)
         if config.eval_fraction:
-            _, stream = blocks.split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
-        dataset = blocks.BlockDataset(stream, config.sequence_length, config.mask_documents, keep_tail=True)
-        written_metrics = metrics.load_metrics(config.metrics)
-        agreement = agree(peers.all_gather(local_facts(config, world, device)), config)
-        fingerprints = {"--dataset-path": store.fingerprint}
-        facts = InputFacts(peers.host, fingerprints, models.hash_weights(model), random_weights=False)
-        compare_inputs(peers.all_gather(facts, "inputs"))
-        for line in agreement.warnings if world.process_index == 0 else []:
-            print(line, file=sys.stderr)
+            _, stream = split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
+        dataset = BlockDataset(stream, config.sequence_length, config.mask_documents, keep_tail=True)
+        if config.metrics:
+            from forge_lib.training.metrics import load_metrics  # slow import
 
-        handlers = [InitProcessGroupKwargs(backend=agreement.backend, timeout=timedelta(minutes=10))]
+            metrics = load_metrics(config.metrics)
+        agreement = compare(config, world, peers, device, model, store)
+
+        handlers = [InitProcessGroupKwargs(backend=agreement.backend, timeout=GROUP_TIMEOUT)]
         accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision=agreement.mixed_precision,
@@ -90,19 +94,18 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         )
         check_world(world, accelerator.num_processes)
         model.to(accelerator.device)
-        tokens_per_byte = store.manifest["num_tokens"] / store.manifest["num_text_bytes"]
-        results = metrics.evaluate_model(
+        results = evaluate_model(
             accelerator,
             model,
             dataset,
             config.micro_batch_size,
-            tokens_per_byte,
-            meet=lambda: peers.barrier("evaluated"),
+            tokens_per_byte=store.manifest["num_tokens"] / store.manifest["num_text_bytes"],
+            barrier=lambda: peers.barrier("evaluated"),
         )
         if accelerator.is_main_process:
-            if written_metrics:
-                predictions, references = write_on(config, model, tokenizer, stream)
-                for metric in written_metrics:
+            if metrics:
+                predictions, references = continue_documents(config, model, tokenizer, stream)
+                for metric in metrics:
                     results |= metric.compute(predictions=predictions, references=references)
             print(json.dumps(results, indent=2, default=float))
         peers.barrier("end")
@@ -110,20 +113,51 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     return results
 
 
-def write_on(config: EvaluateConfig, model, tokenizer, stream: blocks.TokenStream) -> tuple[list[str], list[str]]:
-    """Has the model go on after the first half of documents; returns what it wrote and what really follows."""
+def compare(
+    config: EvaluateConfig,
+    world: World,
+    peers: Peers,
+    device: str,
+    model: transformers.PreTrainedModel,
+    store: TokenStore,
+) -> Agreement:
+    """Agrees with the other processes on backend and precision, and compares data and weights. Call on all processes.
+
+    Raises:
+        UserError: the processes have different versions, flags, data or weights.
+    """
+    agreement = agree(peers.all_gather(local_facts(config, world, device)), config)
+    facts = InputFacts(
+        host=peers.host,
+        fingerprints={"--dataset-path": store.fingerprint},
+        weights=hash_weights(model),
+        random_weights=False,
+    )
+    compare_inputs(peers.all_gather(facts, "inputs"))
+    for line in agreement.warnings if world.process_index == 0 else []:
+        print(line, file=sys.stderr)
+    return agreement
+
+
+def continue_documents(
+    config: EvaluateConfig,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    stream: TokenStream,
+) -> tuple[list[str], list[str]]:
+    """Lets the model continue documents after their first half; returns its continuations and the second halves."""
     predictions, references = [], []
     start = 0
     while len(predictions) < config.num_prompts and start < stream.num_tokens:
-        tokens, beginnings = stream.read(start, min(start + config.sequence_length, stream.num_tokens))
-        end = next((int(b) for b in beginnings if b > 0), len(tokens))
+        tokens, document_starts = stream.read(start, min(start + config.sequence_length, stream.num_tokens))
+        end = next((int(position) for position in document_starts if position > 0), len(tokens))
         document = tokens[:end].tolist()
         start += end
         half = len(document) // 2
-        if half < 4:
+        if half < MIN_HALF:
             continue
         prompt, rest = tokenizer.decode(document[:half]), tokenizer.decode(document[half:], skip_special_tokens=True)
-        text = models.generate_text(model, tokenizer, prompt, config.seed, len(document) - half, temperature=0)
+        text = generate_text(model, tokenizer, prompt, config.seed, len(document) - half, temperature=0)
         predictions.append(text[len(prompt) :])
         references.append(rest)
     return predictions, references

@@ -1,4 +1,4 @@
-"""Writes text with a trained model, token by token, to the terminal.
+"""Generates text with a trained model, and prints it token by token.
 
 python scripts/generate.py --model-name runs/a/final --prompt "Once upon a time"
 """
@@ -7,45 +7,46 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from transformers import TextStreamer
+import transformers
 
-from forge_lib.config import ModelNameConfig, flag
-from forge_lib.distributed.peers import report_errors
-from forge_lib.errors import UserError
+from forge_lib.config import ModelNameConfig, RangeChecked, flag
+from forge_lib.distributed.reporting import report_errors
 from forge_lib.flags import parse_config
-from forge_lib.models import model as models
+from forge_lib.models.generation import generate_text
+from forge_lib.models.loading import load_tokenizer, load_trained_model
 
 
 @dataclass(kw_only=True)
 class TextConfig:
-    """How the text is drawn."""
+    """How the text is generated."""
 
     _argument_group_name = "text"
 
-    prompt: str = flag("", "what the text begins with; empty for the beginning of a document", "TEXT")
-    max_new_tokens: int = flag(200, "at the most so many; the end-of-text token ends it sooner", "TOKENS")
-    temperature: float = flag(0.8, "0 takes the likeliest token each time, 1 draws as the model says", "T")
-    top_p: float = flag(0.95, "draw from the likeliest tokens that hold this much probability", "P")
-    seed: int = flag(0, "another seed, another text", "SEED")
+    prompt: str = flag("", "start of the text; empty: the start of a document", "TEXT")
+    max_new_tokens: int = flag(
+        200, "maximum number of tokens; the end-of-text token ends the text earlier", "TOKENS", at_least=1
+    )
+    temperature: float = flag(
+        0.8, "0: always the likeliest token; 1: random, with the model's own probabilities", "T", at_least=0
+    )
+    top_p: float = flag(0.95, "choose among the likeliest tokens that together have this probability", "P", above=0)
+    seed: int = flag(0, "seed of the random choice of tokens", "SEED")
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(TextConfig, ModelNameConfig):
-    """Everything that this script reads."""
+class GenerateConfig(RangeChecked, TextConfig, ModelNameConfig):
+    """Every flag of this script."""
 
-    def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
-            raise UserError(
-                f"expected --temperature of 0 or more, --top-p above 0 and up to 1, --max-new-tokens of 1 or more; "
-                f"found {self.temperature}, {self.top_p}, {self.max_new_tokens}"
-            )
+    def find_mistakes(self) -> list[str]:
+        """Returns a line if --top-p is no probability."""
+        return [f"--top-p is {self.top_p}, but must be at most 1"] if self.top_p > 1 else []
 
 
 def main(config: GenerateConfig) -> str:
-    """Prints the text as it comes, and returns it."""
-    tokenizer = models.load_tokenizer(config)
-    model = models.load_trained_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
-    return models.generate_text(
+    """Prints the text while it is generated, and returns it."""
+    tokenizer = load_tokenizer(config)
+    model = load_trained_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    return generate_text(
         model,
         tokenizer,
         config.prompt,
@@ -53,7 +54,7 @@ def main(config: GenerateConfig) -> str:
         config.max_new_tokens,
         config.temperature,
         config.top_p,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=transformers.TextStreamer(tokenizer, skip_special_tokens=True),
     )
 
 

@@ -1,4 +1,4 @@
-"""From text in any format to a token store."""
+"""Text in any format becomes a token store."""
 
 import gzip
 import json
@@ -16,7 +16,9 @@ from commands import ROOT
 from transformers import AutoTokenizer
 
 from forge_lib.config import DataConfig
-from forge_lib.data import corpus
+from forge_lib.data import corpus, reading
+from forge_lib.data.corpus import prepare_store
+from forge_lib.data.files import content_fingerprint, data_exists
 from forge_lib.data.token_store import TokenStore, is_store, open_store
 from forge_lib.errors import UserError
 
@@ -33,11 +35,11 @@ def tokenizer():
 
 
 def make(tokenizer, path, folder=None, **options) -> TokenStore:
-    return corpus.prepare_store(DataConfig(dataset_path=str(path), **options), tokenizer, folder, lambda state: None)
+    return prepare_store(DataConfig(dataset_path=str(path), **options), tokenizer, folder)
 
 
 def texts(store, tokenizer) -> list[str]:
-    """The documents of a store, decoded; each must end with the end-of-text token."""
+    """Returns the documents of a store, decoded; each must end with the end-of-text token."""
     found = []
     for start, stop in zip(store.documents[:-1], store.documents[1:], strict=True):
         ids = store.tokens[int(start) : int(stop)].tolist()
@@ -47,7 +49,7 @@ def texts(store, tokenizer) -> list[str]:
 
 
 def write(folder, name: str) -> None:
-    """Writes DOCUMENTS in the format that the name says."""
+    """Writes DOCUMENTS in the format of the name's suffix."""
     frame = pd.DataFrame({"text": DOCUMENTS})
     kind, *compression = name.removeprefix("corpus.").split(".")
     data = {
@@ -87,7 +89,7 @@ def test_folders_are_read_in_order_with_all_their_formats_and_empty_files_are_co
     ("sample_by", "expected"),
     [("document", ["a b\nc\n\n d\n\ne\n"]), ("paragraph", ["a b\nc", " d", "e"]), ("line", ["a b", "c", " d", "e"])],
 )
-def test_sample_by_decides_what_a_document_is(tmp_path, tokenizer, sample_by, expected):
+def test_sample_by_selects_what_a_document_is(tmp_path, tokenizer, sample_by, expected):
     (tmp_path / "x.txt").write_text("a b\nc\n\n d\n\ne\n")
     assert texts(make(tokenizer, tmp_path / "x.txt", sample_by=sample_by), tokenizer) == expected
 
@@ -107,7 +109,7 @@ def test_a_bom_and_crlf_make_no_difference(tmp_path, tokenizer):
         (b"zero \0 byte", 5),
     ],
 )
-def test_bytes_that_are_not_text_are_named_with_file_and_offset(tmp_path, tokenizer, data, offset):
+def test_bytes_that_are_not_text_are_reported_with_file_and_offset(tmp_path, tokenizer, data, offset):
     (tmp_path / "bad.txt").write_bytes(data)
     with pytest.raises(UserError, match=rf"bad\.txt: .*offset {offset}\b.*--encoding-errors replace"):
         make(tokenizer, tmp_path)
@@ -117,18 +119,18 @@ def test_bytes_that_are_not_text_are_named_with_file_and_offset(tmp_path, tokeni
 @pytest.mark.parametrize(
     ("name", "data", "options", "message"),
     [
-        ("x.jsonl", b'{"body": "a"}\n', {}, r"no column 'text'; it has 'body': name one with --text-column"),
-        ("x.jsonl", b'{"text": 3}\n', {}, "holds int, expected text"),
+        ("x.jsonl", b'{"body": "a"}\n', {}, r"no column 'text'; it has 'body': name one of them with --text-column"),
+        ("x.jsonl", b'{"text": 3}\n', {}, "has a value of type int, expected text"),
         ("x.jsonl", b'{"text": "a"\n', {}, "not readable as json"),
         ("x.jsonl", b'{"text": "\xff"}\n', {}, "offset 10 is not UTF-8"),
-        ("x.txt", b" \n\n", {}, "no text but white space"),
+        ("x.txt", b" \n\n", {}, "no text except white space"),
         ("x.txt", b"", {}, "empty: 1 file"),
         ("x.txt.gz", b"no gzip", {}, "not readable"),
-        ("x.pdf", b"%PDF", {}, "unknown kind of file; expected txt, md, json"),
+        ("x.pdf", b"%PDF", {}, "unknown format; expected txt, md, json"),
         ("x.parquet", b"no parquet", {}, "not readable as parquet"),
     ],
 )
-def test_input_that_cannot_be_used_is_named(tmp_path, tokenizer, name, data, options, message):
+def test_input_that_cannot_be_used_is_reported(tmp_path, tokenizer, name, data, options, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         make(tokenizer, tmp_path / name, tmp_path / "store", **options)
@@ -136,7 +138,7 @@ def test_input_that_cannot_be_used_is_named(tmp_path, tokenizer, name, data, opt
 
 
 @pytest.mark.parametrize("path", ["nowhere.txt", "/no/such/folder", "no*.txt"])
-def test_a_path_that_is_not_there_is_named(tokenizer, path):
+def test_a_path_that_does_not_exist_is_reported(tokenizer, path):
     with pytest.raises(UserError, match=r"--dataset-path .*no "):
         make(tokenizer, path)
 
@@ -157,12 +159,12 @@ def test_a_folder_of_the_user_is_never_replaced(tmp_path, tokenizer):
     (tmp_path / "x.txt").write_text("one")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.doc").write_text("years of work")
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match="has other files"):
         make(tokenizer, tmp_path / "x.txt", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.doc").exists()
 
 
-def test_killed_in_the_middle_it_leaves_no_half_store(tmp_path, tokenizer):
+def test_a_killed_prepare_data_leaves_no_partial_store(tmp_path, tokenizer):
     (tmp_path / "x.txt").write_text("The boat comes in again.\n" * 500_000)
     words = [sys.executable, "scripts/prepare_data.py", "--model-name", "data/tiny_gpt2"]
     words += ["--dataset-path", str(tmp_path / "x.txt"), "--output-dir", str(tmp_path / "store")]
@@ -185,16 +187,16 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, tokeniz
     (tmp_path / "x.txt").write_text(text)
     store = make(tokenizer, tmp_path / "x.txt")
     assert store.manifest["num_documents"] == 1
-    assert len(text) > 2 * corpus.READ_BYTES
+    assert len(text) > 2 * reading.READ_BYTES
     whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     assert np.array_equal(store.tokens[:-1], whole)
 
 
-def test_memory_stays_flat_however_large_the_corpus(tmp_path):
-    """Ten times the text, in one document, takes no more memory, but for 48 MB of the allocator's slack."""
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Five times the text, in one document, takes at most 48 MB more memory: the allocator's slack."""
     text = (ROOT / "data" / "sample_corpus.txt").read_text()
     peaks = []
-    for times in (5, 50):
+    for times in (10, 50):
         (tmp_path / "x.txt").write_text(text * times)
         words = [sys.executable, "scripts/prepare_data.py", "--model-name", "data/tiny_gpt2"]
         words += ["--dataset-path", str(tmp_path / "x.txt"), "--output-dir", str(tmp_path / f"store{times}")]
@@ -205,27 +207,27 @@ def test_memory_stays_flat_however_large_the_corpus(tmp_path):
     assert peaks[1] < peaks[0] + (48 << 10), f"{peaks} KB"
 
 
-@pytest.mark.parametrize("held", ["another's manifest", "a store with a letter", "a damaged store", "tokens alone"])
-def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path, tokenizer, held):
+@pytest.mark.parametrize("content", ["another's manifest", "a store with a letter", "a damaged store", "tokens alone"])
+def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path, tokenizer, content):
     folder = tmp_path / "store"
     (tmp_path / "x.txt").write_text("one two three")
     make(tokenizer, tmp_path / "x.txt", folder)
-    if held == "another's manifest":
+    if content == "another's manifest":
         (folder / "manifest.json").write_text('{"name": "a web page"}')
-    elif held == "a store with a letter":
+    elif content == "a store with a letter":
         (folder / "letter.txt").write_text("Dear Ann")
         (tmp_path / "x.txt").write_text("another text")
-    elif held == "a damaged store":
+    elif content == "a damaged store":
         os.truncate(folder / "tokens.bin", 2)
     else:
         (folder / "manifest.json").unlink()
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(UserError, match=r"holds other files; name an empty|is damaged|has 2 bytes"):
+    with pytest.raises(UserError, match=r"has other files; name an empty|is damaged|has 2 bytes"):
         make(tokenizer, tmp_path / "x.txt", folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_link_to_a_store_stays_and_what_was_cut_short_is_cleared_up(tmp_path, tokenizer):
+def test_a_link_to_a_store_stays_and_an_interrupted_rename_is_repaired(tmp_path, tokenizer):
     (tmp_path / "x.txt").write_text("one two three")
     (tmp_path / "there").mkdir()
     (tmp_path / "store").symlink_to(tmp_path / "there")
@@ -254,22 +256,42 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path, tokenizer):
     assert store.tokens.max() > 1 << 16
 
 
-def test_a_source_that_changes_while_it_is_tokenized_is_named_and_leaves_nothing(tmp_path, tokenizer):
+def test_a_source_that_changes_while_it_is_tokenized_is_reported_and_no_store_is_left(tmp_path, tokenizer):
     (tmp_path / "in").mkdir()
     for name in ("a.txt", "b.txt"):
         (tmp_path / "in" / name).write_text("one two three")
     config = DataConfig(dataset_path=str(tmp_path / "in"))
 
-    def meddle(state: str) -> None:
+    def change_source(state: str) -> None:
         (tmp_path / "in" / "a.txt").write_text("one two")
 
     with pytest.raises(UserError, match=r"a\.txt was changed while it was tokenized"):
-        corpus.prepare_store(config, tokenizer, tmp_path / "out" / "store", meddle)
+        prepare_store(config, tokenizer, tmp_path / "out" / "store", change_source)
     assert [path.name for path in (tmp_path / "out").iterdir()] in ([], ["store.lock"])
 
 
-def test_without_a_terminal_a_line_now_and_then_says_how_far_tokenizing_is(tmp_path, tokenizer, monkeypatch, capsys):
+def test_without_a_terminal_lines_report_the_progress_of_tokenizing(tmp_path, tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(corpus, "LINE_SECONDS", 0)
     (tmp_path / "x.txt").write_text("one two three")
     make(tokenizer, tmp_path / "x.txt", tmp_path / "store")
     assert "x.txt: 0.0 MB of text, " in capsys.readouterr().err
+
+
+def test_data_exists_for_files_folders_and_patterns_that_match(tmp_path):
+    (tmp_path / "x.txt").write_text("one")
+    for path in ("x.txt", "", "*.txt", "**/x.*"):
+        assert data_exists(str(tmp_path / path))
+    for path in ("y.txt", "*.md"):
+        assert not data_exists(str(tmp_path / path))
+    assert not data_exists("")
+
+
+def test_the_content_fingerprint_depends_on_names_and_bytes_and_not_on_the_folder(tmp_path, tokenizer):
+    for folder, text in (("a", "one"), ("b", "one"), ("c", "other")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(text)
+    a, b, c = (content_fingerprint(str(tmp_path / folder)) for folder in "abc")
+    assert a == b != c
+    store = make(tokenizer, tmp_path / "a", tmp_path / "store")
+    assert content_fingerprint(str(tmp_path / "store")) == store.fingerprint
+    assert content_fingerprint("some/dataset-of-the-hub") == ""
