@@ -12,8 +12,8 @@ from fault_table import FAULTS, FaultTable
 from filelock import FileLock
 from networks import Hosts
 
-# OpenMP's threads wait without using the processor. By default they spin, and two programs on the same cores, each with
-# a thread per core, take fifty times as long. It changes no result.
+# OpenMP's threads wait without using the processor. By default they spin: two programs on the same cores, each with a
+# thread per core, then take fifty times as long. It changes no result.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
