@@ -1,0 +1,67 @@
+"""scripts/evaluate.py and scripts/generate.py: their ranges, and the texts that --metrics compares."""
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from forge_lib.config import ModelNameConfig
+from forge_lib.data.blocks import TokenStream
+from forge_lib.errors import UserError
+from forge_lib.flags import parse_config
+from forge_lib.models.generation import generate_text
+from forge_lib.models.loading import load_trained_model
+from scripts.evaluate import EvaluateConfig, continue_documents
+from scripts.generate import GenerateConfig
+
+TINY = ["--model-name", "data/tiny_gpt2"]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "flags", "messages"),
+    [
+        (EvaluateConfig, ["--eval-fraction", "1"], ["--eval-fraction is 1.0, but must be below 1"]),
+        (
+            EvaluateConfig,
+            ["--micro-batch-size", "0", "--sequence-length", "1"],
+            ["--micro-batch-size is 0, but must be at least 1", "--sequence-length is 1, but must be at least 2"],
+        ),
+        (GenerateConfig, ["--temperature", "-1"], ["--temperature is -1.0, but must be at least 0"]),
+        (GenerateConfig, ["--max-new-tokens", "0"], ["--max-new-tokens is 0, but must be at least 1"]),
+        (GenerateConfig, ["--top-p", "0"], ["--top-p is 0.0, but must be above 0"]),
+        (GenerateConfig, ["--top-p", "1.5"], ["--top-p is 1.5, but must be at most 1"]),
+    ],
+)
+def test_values_out_of_range_are_reported_together(config_class, flags, messages):
+    data = ["--dataset-path", "x.txt"] if config_class is EvaluateConfig else []
+    with pytest.raises(UserError) as raised:
+        parse_config(config_class, [*TINY, *data, *flags])
+    assert sorted(str(raised.value).splitlines()) == messages
+
+
+def test_the_values_at_the_ends_of_the_ranges_are_accepted():
+    parse_config(GenerateConfig, [*TINY, "--top-p", "1", "--temperature", "0", "--max-new-tokens", "1"])
+    parse_config(EvaluateConfig, [*TINY, "--dataset-path", "x.txt", "--eval-fraction", "0", "--micro-batch-size", "1"])
+
+
+def test_metrics_compare_the_second_half_of_documents_with_what_the_model_generates_after_the_first(trained):
+    """Documents of fewer than eight tokens are no prompts, and a document ends with its end-of-text token."""
+    tokenizer = AutoTokenizer.from_pretrained(trained / "final")
+    model = load_trained_model(ModelNameConfig(model_name=str(trained / "final")))
+    texts = [
+        "The harbour is quiet in the morning, and a boat comes in.",
+        "Short",
+        "A second boat comes in later today.",
+    ]
+    documents = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    offsets = np.cumsum([0, *map(len, documents)]).astype(np.uint64)
+    stream = TokenStream(np.concatenate(documents).astype(np.uint16), offsets)
+    config = EvaluateConfig(model_name="m", dataset_path="d", num_prompts=2)
+    predictions, references = continue_documents(config, model, tokenizer, stream)
+    assert len(predictions) == 2
+    for text, document, prediction, reference in zip(
+        (texts[0], texts[2]), (documents[0], documents[2]), predictions, references, strict=True
+    ):
+        half = len(document) // 2
+        prompt = tokenizer.decode(document[:half])
+        assert prompt + reference == text
+        assert prompt + prediction == generate_text(model, tokenizer, prompt, 0, len(document) - half, temperature=0)
