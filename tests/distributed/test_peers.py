@@ -10,9 +10,9 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from commands import QUIET, SHORT, accelerate_launcher
+from commands import QUIET, SHORT, accelerate_launcher, until
 
-from forge_lib.distributed import peers
+from forge_lib.distributed import heartbeat, peers
 from forge_lib.distributed.peers import Peers
 from forge_lib.distributed.store import keys_of_attempt, read_verdict, store_verdict
 from forge_lib.distributed.verdicts import PeerState, Verdict
@@ -119,26 +119,23 @@ def test_a_process_that_hangs_in_a_collective_ends_with_the_exit_code_of_a_lost_
 
 def test_a_failed_collective_names_the_process_that_hangs(world, monkeypatch):
     """Bob sends heartbeats and has not left, so it is bob who does not take part."""
-    monkeypatch.setattr(peers, "SETTLE_SECONDS", 1.5)
-    message = r"lost process 1 on bob \(in step 13, tokenizing\): it hangs \(gloo: Timed out\)"
+    for module in (peers, heartbeat):
+        monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
     stopped = threading.Event()
 
-    def beat(bob: dist.Store) -> None:
-        number = 0
+    def send_heartbeats(bob: dist.Store) -> None:
+        beat = 0
         while not stopped.wait(0.1):
-            number += 1
-            bob.set("state/1", dataclasses.replace(BOB, beat=number).to_json())
+            beat += 1
+            bob.set("state/1", dataclasses.replace(BOB, beat=beat).to_json())
 
+    message = r"lost process 1 on bob \(in step 13, tokenizing\): it hangs \(gloo: Timed out\)"
     with pytest.raises(PeerLostError, match=message), Peers(world) as alice:
-        thread = threading.Thread(target=beat, args=(store_of_bob(world),))
+        thread = threading.Thread(target=send_heartbeats, args=(store_of_bob(world),), daemon=True)
         thread.start()
-        while 1 not in alice._heartbeat.states:
-            stopped.wait(0.05)
-        try:
-            raise RuntimeError("gloo: Timed out\nmore")
-        finally:
-            threading.Timer(3, stopped.set).start()
-    thread.join()
+        until(lambda: 1 in alice._heartbeat.states, 10, "a heartbeat of bob")
+        alice._wait_until_all_leave = lambda: (stopped.set(), thread.join())  # before the store closes
+        raise RuntimeError("gloo: Timed out\nmore")
 
 
 @pytest.mark.parametrize("kind", KINDS)
