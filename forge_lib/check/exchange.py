@@ -276,7 +276,7 @@ class Exchange:
         try:
             route_address(address, self.port)
         except OSError:
-            return f"{self.name} has no route to {address}"
+            return f"no route to {address}"
         if error.errno != errno.EHOSTUNREACH:
             return f"{address}: {error.strerror or error}"
         # The kernel asks for three seconds who has an address; a quick answer comes from a firewall.

@@ -1,9 +1,9 @@
-r"""Holds the forecast of scripts/check_cluster.py to what scripts/train.py then does, on links of several speeds.
+"""Compares the forecast of scripts/check_cluster.py with the speed of scripts/train.py, on links of several speeds.
 
     .venv/bin/python tests/check/forecast.py --rates 20 100 1000 --processes 1 1
 
-Machines are network namespaces on this one (root, iproute2), and share its processor: the forecast is measured in the
-same way. Prints a Markdown table; nothing else should run meanwhile.
+The machines are network namespaces on this machine (needs root and iproute2). They share its processor, both for the
+forecast and for training. Prints a Markdown table. Run nothing else at the same time.
 """
 
 import argparse
@@ -26,10 +26,10 @@ MODES = {"ddp": [], "ddp_fp16": ["--gradient-compression", "fp16"]}
 
 
 def main() -> None:
-    """Prints a row for each rate and way of sending."""
+    """Prints a row for each rate, with gradients in fp32 and in fp16."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=int, nargs="+", default=[20, 100, 1000], help="Mbit/s of the links")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 1], help="on each machine")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 1], help="number on each machine")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--sequence-length", default="128")
     parser.add_argument("--batch-size", default="12")
@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
     print(
-        "| Mbit/s | sending | forecast, tokens/s | train.py, tokens/s | forecast / train.py |\n|---|---|---|---|---|"
+        "| Mbit/s | gradients | forecast, tokens/s | train.py, tokens/s | forecast / train.py |\n|---|---|---|---|---|"
     )
     machines = Hosts(len(args.processes))
     try:

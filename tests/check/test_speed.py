@@ -23,7 +23,17 @@ class Sleepy(torch.nn.Module):
         return type("Output", (), {"logits": self.embedding(input_ids)})
 
 
+@pytest.fixture
+def one_thread():
+    """Several threads would wait for each other, for longer than the model sleeps on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.alone
+@pytest.mark.usefixtures("one_thread")
 def test_the_fixed_time_and_the_time_per_sequence_are_measured_apart():
     model = Sleepy()
     optimizer = torch.optim.SGD(model.parameters())
