@@ -216,8 +216,8 @@ def own_addresses() -> set[str]:
 def _is_own(address: str, own: set[str]) -> bool:
     """Returns whether an address or name is that of this machine.
 
-    Many systems map their own host name to 127.0.1.1. So this machine's host name is compared as text, and a name that
-    resolves to a loopback address says nothing.
+    Many systems map their own host name to 127.0.1.1. So this machine's host name is compared as text, and a loopback
+    address that a name resolves to does not count.
     """
     if ip := as_ip(address):
         return str(ip) in own or ip.is_loopback

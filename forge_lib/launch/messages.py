@@ -22,7 +22,7 @@ def print_message(*parts: str) -> None:
 
 @dataclass(frozen=True)
 class Waiting:
-    """The rendezvous waits. `text` says who waits for whom; it is printed from time to time."""
+    """The rendezvous waits. `text` names the machines and the reason; the supervisor prints it from time to time."""
 
     text: str
 

@@ -29,9 +29,9 @@ class Registration:
     """What a machine stores under its number.
 
     Attributes:
-        id: of its supervisor: tells two machines with one number apart.
+        id: of its supervisor; it differs for two machines with the same number.
         host: its host name.
-        num_nodes: number of machines that it was told to expect.
+        num_nodes: its --num-nodes.
     """
 
     id: str
@@ -139,7 +139,7 @@ class Rendezvous:
         """Takes this machine's number.
 
         Raises:
-            UserError: another machine has it, or the machines disagree about --num-nodes; all machines are told.
+            UserError: another machine has it, or the machines disagree about --num-nodes; all machines raise this.
         """
         config, own = self.config, self.own
         holder = Registration.from_json(store.set_first(f"node/{config.node_rank}", own.to_json()))
