@@ -1,1 +1,1 @@
-"""What scripts/check_cluster.py does: which machines are up, how fast they and their links are, and a forecast."""
+"""Checks a cluster before a run: which machines are up, how fast they and their links are, and a forecast."""

@@ -90,7 +90,7 @@ class Exchange:
             self._own = dataclasses.replace(self._own, **fields)
 
     def leave(self, mistake: str) -> None:
-        """Tells the others that this machine ends the check and, unless `mistake` is empty, because of what."""
+        """Tells the others that this machine ends the check, and because of which mistake, if there is one."""
         with self._lock:
             mistakes = [*self._own.mistakes, mistake] if mistake else self._own.mistakes
             self._own = dataclasses.replace(self._own, mistakes=mistakes, has_left=True)

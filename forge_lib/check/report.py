@@ -99,7 +99,7 @@ def describe_machines(report: Report) -> list[str]:
     add_row("cores", lambda machine, facts: str(facts.cores))
     add_row("memory", lambda machine, facts: _gigabytes(facts.memory_bytes))
     add_row("free disk", lambda machine, facts: _gigabytes(facts.free_bytes))
-    add_row("clock", lambda machine, facts: f"{report.clocks.get(machine, 0.0):+.2f} s")
+    add_row("clock", lambda machine, facts: f"{round(report.clocks.get(machine, 0.0), 2) + 0.0:+.2f} s")  # never -0.00
     if any(facts.dataset for facts in report.machines.values()):
         add_row("data", lambda machine, facts: facts.dataset[:12] or "none")
     if report.speeds:
