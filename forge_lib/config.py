@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from forge_lib.errors import UserError
 
-
 IGNORED_LABEL = -100  # the label that the cross entropy of torch and transformers leaves out
 
 

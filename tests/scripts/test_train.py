@@ -99,7 +99,15 @@ def test_weights_do_not_change_under_a_checkpoint_that_is_being_copied(train, ru
     foreground, ended = train(*flags, "--no-checkpoint-async")
     assert ended.code == 0, ended.output
     faults = json.dumps([{"do": "sleep", "at": "copying", "seconds": 1}])
-    words = ["env", f"FAULTS={faults}", sys.executable, "tests/faults/faulty.py", *flags, "--output-dir", tmp_path / "slow"]
+    words = [
+        "env",
+        f"FAULTS={faults}",
+        sys.executable,
+        "tests/faults/faulty.py",
+        *flags,
+        "--output-dir",
+        tmp_path / "slow",
+    ]
     ended = run(words)
     assert ended.code == 0, ended.output
     for file in checkpoint.TENSOR_FILES:

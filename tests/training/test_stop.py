@@ -13,12 +13,12 @@ import pytest
 from commands import BIN, QUIET, ROOT, SHORT, accelerate_launcher
 from run_folders import rows
 
-from forge_lib.checkpoints import format as checkpoint
+from forge_lib.checkpoints.verify import verify
 from forge_lib.training import stop as stopping
 from forge_lib.training.stop import StopRequest
 
 
-def test_a_signal_ends_a_run_that_has_not_begun_and_is_noted_afterwards(tmp_path):
+def test_a_signal_ends_a_run_before_its_first_step_and_is_recorded_afterwards(tmp_path):
     with pytest.raises(KeyboardInterrupt, match="SIGTERM before"), StopRequest(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
@@ -30,8 +30,8 @@ def test_a_signal_ends_a_run_that_has_not_begun_and_is_noted_afterwards(tmp_path
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_the_stop_file_is_found_and_an_old_one_is_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(stopping, "LOOK_SECONDS", 0)
+def test_a_stop_file_is_found_and_an_old_one_is_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "POLL_SECONDS", 0)
     (tmp_path / "stop").touch()
     with StopRequest(KeyboardInterrupt) as stop:
         stop.defer(tmp_path)
@@ -57,7 +57,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
     ("launcher", "how"),
     [("forge", "closed terminal"), ("accelerate", "closed terminal"), ("forge", "Ctrl-C for a pipe")],
 )
-def test_a_run_whose_output_nobody_reads_any_more_is_saved(launcher, how, tmp_path, free_port):
+def test_a_run_saves_and_stops_when_its_terminal_or_pipe_is_closed(launcher, how, tmp_path, free_port):
     """A window that is closed sends SIGHUP; Ctrl-C before a `| tee log` ends `tee` too."""
     words = [BIN / "p2p-llm-forge", "--processes-per-node", 2, "--master-port", free_port]
     if launcher == "accelerate":
@@ -94,4 +94,4 @@ def test_a_run_whose_output_nobody_reads_any_more_is_saved(launcher, how, tmp_pa
         process.kill()  # and all that it has started, where it lives
     saved, stopped = rows(tmp_path / "run", "event")[-2:]
     assert (saved["event"], stopped["event"]) == ("checkpoint", "stop")
-    assert checkpoint.verify(tmp_path / "run" / "checkpoints" / f"step-{saved['step']:08d}") is None
+    assert verify(tmp_path / "run" / "checkpoints" / f"step-{saved['step']:08d}") is None

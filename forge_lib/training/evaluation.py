@@ -1,0 +1,82 @@
+"""Evaluates a model on held-out blocks, and lets it write samples, during training and afterwards."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from forge_lib.models.generation import generate_text
+from forge_lib.models.loss import evaluation_sums
+from forge_lib.training.run import Run
+from forge_lib.training.step import sum_dtype
+
+logger = logging.getLogger("forge")
+
+
+@torch.no_grad()
+def evaluate_model(
+    accelerator: Accelerator,
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int,
+    tokens_per_byte: float,
+    barrier: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Returns eval_tokens, loss, perplexity, bits_per_byte and next_token_accuracy over all blocks of `dataset`.
+
+    Every target counts once, whatever the number of processes. Call on all processes; all get the same result.
+
+    Args:
+        accelerator: the processes.
+        model: prepared or not.
+        dataset: a BlockDataset; each process evaluates every num_processes-th block.
+        batch_size: sequences per forward pass.
+        tokens_per_byte: tokens of the data per UTF-8 byte of it.
+        barrier: waits for the other processes before the sums are gathered; it has no time limit.
+    """
+    from forge_lib.training.metrics import compute_metrics  # evaluate and datasets: seconds of imports
+
+    was_training = model.training
+    model = accelerator.unwrap_model(model)
+    model.eval()
+    mine = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    sums = torch.zeros(3, dtype=torch.float64)
+    for batch in DataLoader(mine, batch_size=batch_size):
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        with accelerator.autocast():
+            sums += torch.tensor(evaluation_sums(model, batch), dtype=torch.float64)
+    model.train(was_training)
+    barrier()
+    rows = gather(sums.to(accelerator.device, sum_dtype(accelerator.device))[None]).cpu().double()
+    return compute_metrics(rows.numpy(), tokens_per_byte)
+
+
+def evaluate(run: Run, model: nn.Module) -> None:
+    """Evaluates the model on the run's held-out blocks, and logs the results. Call on all processes."""
+    with run.pause("evaluating"):
+        run.inputs.eval_store.check_unchanged()
+        results = evaluate_model(
+            run.accelerator,
+            model,
+            run.inputs.eval_dataset,
+            run.config.micro_batch_size,
+            run.inputs.eval_tokens_per_byte,
+            barrier=lambda: run.peers.barrier(f"evaluated/{run.step}"),
+        )
+    results["eval_loss"] = results.pop("loss")
+    run.log_evaluation(results)
+
+
+def write_sample(run: Run, model: nn.Module) -> None:
+    """Lets the main process generate some text; the other processes wait for it. Call on all processes."""
+    run.peers.set_status("writing a sample")
+    if run.accelerator.is_main_process:
+        model = run.accelerator.unwrap_model(model)
+        text = generate_text(model, run.inputs.tokenizer, run.config.sample_prompt, run.config.seed)
+        run.log.write(step=run.step, event="sample", text=text)
+        logger.info(f"step {run.step}: sample: {text}")
+    run.peers.barrier(f"sample/{run.step}")

@@ -1,0 +1,96 @@
+"""DDP's synchronization of the gradient: measured, and with the same rounding after a resume."""
+
+import time
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from forge_lib.models.loss import loss_sum
+
+
+class GradientSync:
+    """Measures how DDP synchronizes the gradient: the bytes, and the seconds that no computation hides.
+
+    It wraps DDP's own all-reduce in a communication hook, which changes no value; with `fp16`, it uses torch's hook
+    that sends fp16. Without DDP, all figures are 0.
+
+    Args:
+        model: as returned by `Accelerator.prepare`.
+        fp16: whether to send gradients as fp16.
+    """
+
+    def __init__(self, model: nn.Module, fp16: bool = False):
+        self.num_bytes, self.fp16 = 0, fp16
+        self._events = None
+        if isinstance(model, DistributedDataParallel):
+            self._on_gpu = next(model.parameters()).is_cuda
+            model.register_comm_hook(self, _measured_all_reduce)
+
+    def own_gradients_done(self) -> None:
+        """The hook calls this when the last gradient of this process is computed; only the others' are missing."""
+        self._events = [_timestamp(self._on_gpu)]
+
+    def backward_done(self) -> None:
+        """Call after the backward pass that synchronizes."""
+        if self._events:
+            self._events.append(_timestamp(self._on_gpu))
+
+    def pop(self) -> tuple[float, float]:
+        """Returns the seconds not hidden by computation and the bytes sent by this process since the last call.
+
+        A ring all-reduce of S bytes over n processes sends 2 (n - 1) / n S from each. On a GPU this waits for the
+        step to end.
+        """
+        seconds = 0.0
+        if self._events:
+            start, end = self._events
+            if self._on_gpu:
+                end.synchronize()
+                seconds = start.elapsed_time(end) / 1000
+            else:
+                seconds = end - start
+        n = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        num_bytes = 2 * (n - 1) / n * self.num_bytes
+        self.num_bytes, self._events = 0, None
+        return seconds, num_bytes
+
+
+def _measured_all_reduce(sync: GradientSync, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
+
+    sync.num_bytes += 2 * bucket.buffer().numel() if sync.fp16 else bucket.buffer().nbytes
+    if bucket.is_last():
+        sync.own_gradients_done()
+    return (fp16_compress_hook if sync.fp16 else allreduce_hook)(dist.group.WORLD, bucket)
+
+
+def _timestamp(on_gpu: bool) -> float | torch.cuda.Event:
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def settle_buckets(
+    accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer], block: dict[str, torch.Tensor]
+) -> None:
+    """Makes DDP choose the final order of its buckets, which it does after its first backward pass.
+
+    The order of the parameters in a bucket decides in which order a ring of more than two processes adds them up.
+    Without this, the first step after a resume would round differently from the same step of an uninterrupted run.
+
+    Args:
+        accelerator: the processes.
+        model: as returned by `Accelerator.prepare`.
+        optimizers: their gradients are zeroed afterwards.
+        block: a block without labels, so that the gradient is 0.
+    """
+    if accelerator.num_processes > 2:
+        batch = {name: tensor[None].to(accelerator.device) for name, tensor in block.items()}
+        accelerator.backward(loss_sum(model, batch))
+        for optimizer in optimizers:
+            optimizer.zero_grad()

@@ -1,0 +1,167 @@
+"""The inputs of a run: tokenizer, model, data and batch plan, the same on all processes."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from forge_lib.config import TrainConfig, flag_name
+from forge_lib.data.batches import BatchPlan
+from forge_lib.data.blocks import BlockDataset, TokenStream, split_documents
+from forge_lib.data.corpus import prepare_store, tokenizer_fingerprint
+from forge_lib.data.files import data_exists
+from forge_lib.data.token_store import TokenStore, is_store, open_store, received_folder, verify_store
+from forge_lib.distributed.agreement import compare_inputs
+from forge_lib.distributed.facts import InputFacts
+from forge_lib.models.fingerprints import hash_config, hash_weights
+from forge_lib.models.loading import check_document_mask, has_weights, load_model, load_tokenizer, model_exists
+from forge_lib.training.fetch import fetch
+from forge_lib.training.session import Session
+
+# A checkpoint can only be continued with the same values of these flags.
+FIXED_FLAGS = (
+    "lora_rank",
+    "lora_alpha",
+    "batch_size",
+    "sequence_length",
+    "mask_documents",
+    "eval_fraction",
+    "optimizer",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run trains, and on what.
+
+    Attributes:
+        tokenizer, model: as loaded; the model is on the CPU, in fp32.
+        store: the tokens to train on.
+        eval_store: the store of the held-out tokens; may be the same one.
+        dataset, eval_dataset: blocks to train on, and held-out blocks if there are any.
+        plan: which blocks each step takes.
+        identity: what must not change when a run is continued, for `state.json`.
+        warnings: harmless differences between the machines, for the log.
+    """
+
+    tokenizer: "transformers.PreTrainedTokenizerBase"
+    model: torch.nn.Module
+    store: TokenStore
+    eval_store: TokenStore
+    dataset: BlockDataset
+    eval_dataset: BlockDataset | None
+    plan: BatchPlan
+    identity: dict
+    warnings: list[str]
+
+    @property
+    def eval_tokens_per_byte(self) -> float:
+        """Tokens of the held-out text per byte of it."""
+        return self.eval_store.manifest["num_tokens"] / self.eval_store.manifest["num_text_bytes"]
+
+
+def load_inputs(session: Session) -> Inputs:
+    """Loads model and data, from another machine if this one lacks them. Call on all processes.
+
+    Raises:
+        UserError: something cannot be loaded, or the machines have loaded different models or data.
+    """
+    config, peers = session.config, session.peers
+    peers.set_status("loading the model")
+    fetch_model(session)
+    tokenizer = load_tokenizer(config)
+    torch.manual_seed(config.seed)
+    model = load_model(config, len(tokenizer), config.sequence_length)
+    if config.mask_documents:
+        check_document_mask(model)
+    store = eval_store = fetch_store(session, "dataset_path", tokenizer)
+    if config.eval_dataset_path:
+        eval_store = fetch_store(session, "eval_dataset_path", tokenizer)
+    dataset, eval_dataset = make_datasets(config, store, eval_store)
+    plan = BatchPlan.of_run(len(dataset), config.batch_size, config.max_steps, config.epochs, config.seed)
+    peers.set_status("hashing the model")
+    is_random = config.from_scratch or not has_weights(config.model_name)
+    weights = hash_weights(model)
+    facts = InputFacts(
+        host=peers.host,
+        weights=weights,
+        random_weights=is_random,
+        fingerprints={
+            "--dataset-path": store.fingerprint,
+            "--eval-dataset-path": eval_store.fingerprint if eval_dataset else "none",
+            "model configuration": hash_config(model),
+            "kind of initial weights": "random" if is_random else "pretrained",
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        },
+    )
+    warnings = compare_inputs(peers.all_gather(facts, "inputs"))
+    identity = describe_identity(config, model, store) | {"initial_weights": "random" if is_random else weights}
+    return Inputs(tokenizer, model, store, eval_store, dataset, eval_dataset, plan, identity, warnings)
+
+
+def fetch_model(session: Session) -> None:
+    """Fetches the model folder if this machine lacks it and another one has it. Call on all processes."""
+    if any(process.has["model_name"] for process in session.agreement.processes):
+        folder = Path(session.config.model_name).expanduser()
+        fetch(session, "the model", folder if model_exists(session.config.model_name) else None, folder)
+
+
+def fetch_store(session: Session, field: str, tokenizer: "transformers.PreTrainedTokenizerBase") -> TokenStore:
+    """Opens the token store of a flag: makes it from text, or fetches it from another machine. Call on all processes.
+
+    Args:
+        session: the processes.
+        field: "dataset_path" or "eval_dataset_path".
+        tokenizer: splits the text.
+
+    A store that another machine made from text is written into the cache; a store that the flag names on another
+    machine is written to the flag's path.
+    """
+    peers, path = session.peers, getattr(session.config, field)
+    config = dataclasses.replace(session.config, dataset_path=path, eval_dataset_path="")
+    have_it = [process.has[field] for process in session.agreement.processes]
+    store = None
+    if have_it[session.world.process_index] or not any(have_it):
+        store = prepare_store(config, tokenizer, progress=peers.set_status)
+        if session.world.is_local_main:
+            verify_store(store, progress=peers.set_status)
+    mine = {"fingerprint": store.fingerprint if store else "", "is_store": is_store(path)}
+    theirs = next(facts for facts in peers.all_gather(mine, field) if facts["fingerprint"])
+    folder = store.folder if store else received_folder(theirs["fingerprint"])
+    if not store and theirs["is_store"] and not data_exists(str(folder)):
+        folder = Path(path).expanduser()
+    is_here = is_store(folder)
+    if is_here and not store and session.world.is_local_main:  # received in an earlier run
+        verify_store(open_store(folder), progress=peers.set_status)
+    fetch(session, f"the token store of {flag_name(field)}", folder if is_here else None, folder)
+    return store or open_store(folder)
+
+
+def make_datasets(
+    config: TrainConfig, store: TokenStore, eval_store: TokenStore
+) -> tuple[BlockDataset, BlockDataset | None]:
+    """Returns the blocks to train on, and the held-out blocks if there are any."""
+    stream, eval_stream = TokenStream(store.tokens, store.documents), None
+    if config.eval_fraction:
+        stream, eval_stream = split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
+    elif config.eval_dataset_path:
+        eval_stream = TokenStream(eval_store.tokens, eval_store.documents)
+    shape = (config.sequence_length, config.mask_documents)
+    return (
+        BlockDataset(stream, *shape),
+        BlockDataset(eval_stream, *shape, keep_tail=True) if eval_stream else None,
+    )
+
+
+def describe_identity(config: TrainConfig, model: torch.nn.Module, store: TokenStore) -> dict:
+    """Returns what identifies a run, whatever its length and learning rate."""
+    return {
+        "data": store.fingerprint,
+        "model_config": hash_config(model),
+        "tokenizer": store.manifest["tokenizer"]["fingerprint"],
+        "model": f"{model.config.model_type} of {sum(p.numel() for p in model.parameters()):,} parameters",
+        **{name: getattr(config, name) for name in FIXED_FLAGS},
+    }

@@ -1,0 +1,78 @@
+"""What a run writes about itself: metrics.jsonl, run.json, and the first lines of its log."""
+
+import json
+import logging
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from accelerate.tracking import get_available_trackers
+
+from forge_lib.config import TrainConfig
+from forge_lib.data.batches import BatchPlan
+from forge_lib.errors import UserError
+
+logger = logging.getLogger("forge")
+
+
+class MetricsLog:
+    """metrics.jsonl in the run folder: one JSON object per line, written by the main process as the run proceeds.
+
+    Args:
+        folder: the run folder.
+        enabled: False on all processes except the main one, where nothing is written.
+    """
+
+    def __init__(self, folder: Path, enabled: bool):
+        self._path = folder / "metrics.jsonl" if enabled else None
+        if enabled and self._path.exists():
+            text = self._path.read_bytes()
+            if not text.endswith(b"\n"):  # the last line of a run that was killed is incomplete
+                os.truncate(self._path, text.rfind(b"\n") + 1)
+
+    def write(self, **row) -> None:
+        """Appends a row; floats that JSON lacks (inf, nan) become null. On a full disk the row is lost, without error."""
+        if not self._path:
+            return
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self._path, size)  # remove the incomplete row
+            logger.warning(f"{self._path} cannot be written: {error.strerror}; the run continues")
+
+
+def check_trackers(report_to: str) -> list[str]:
+    """Returns the names in `--report-to`; raises UserError if one is unknown or its package is not installed."""
+    if report_to == "none":
+        return []
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in report_to.split(","):
+        if name not in ("all", *available):
+            raise UserError(
+                f"--report-to {name}: no such tracker, or its package is not installed; installed are "
+                f"{', '.join(available) or 'none'} (pip install 'p2p-llm-forge[dashboard]' installs two)"
+            )
+    return report_to.split(",")
+
+
+def write_run_json(folder: Path, content: dict) -> None:
+    """Writes run.json, which describes the run for people and programs. Call on the main process."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (folder / "run.json").write_text(text, encoding="utf-8")
+
+
+def describe_batches(config: TrainConfig, plan: BatchPlan, shares: list[int]) -> str:
+    """Returns the batch arithmetic as one line for the log."""
+    parts = f"{len(shares)} x {shares[0]}" if len(set(shares)) == 1 else " + ".join(map(str, shares))
+    micro = max(-(-share // config.micro_batch_size) for share in shares)
+    return (
+        f"batch of {config.batch_size} sequences = {parts}, in up to {micro} micro-batch(es) of "
+        f"{config.micro_batch_size}; x {config.sequence_length} tokens = "
+        f"{config.batch_size * config.sequence_length:,} tokens per step; {plan.num_steps:,} steps = "
+        f"{plan.num_samples(plan.num_steps) / plan.num_blocks:.2f} epochs of {plan.num_blocks:,} sequences"
+    )

@@ -1,0 +1,358 @@
+"""The Run object: what a training loop needs besides mathematics. The loop calls Run; Run never calls the loop."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from forge_lib.config import TrainConfig
+from forge_lib.data.batches import divide_batch, micro_batches, read_batch, share_of
+from forge_lib.data.blocks import EMPTY_BLOCK
+from forge_lib.distributed.agreement import check_world, describe_world
+from forge_lib.distributed.lock import RunLock
+from forge_lib.distributed.peers import Peers
+from forge_lib.distributed.replicas import find_diverged, replica
+from forge_lib.distributed.timeouts import GroupTimeout
+from forge_lib.errors import DivergedError, PeerLostError, Stopped
+from forge_lib.models.final import save_final
+from forge_lib.process import World, die_with_launcher
+from forge_lib.training.gradient_sync import settle_buckets
+from forge_lib.training.inputs import Inputs, load_inputs
+from forge_lib.training.log import MetricsLog, check_trackers, describe_batches, write_run_json
+from forge_lib.training.nonfinite import NonFiniteSteps
+from forge_lib.training.resume import resume
+from forge_lib.training.saving import Saving
+from forge_lib.training.session import join
+from forge_lib.training.state import changed_settings, describe_run, describe_state
+from forge_lib.training.step import step_seed, sum_dtype
+from forge_lib.training.step_log import StepLog
+from forge_lib.training.stop import StopRequest
+
+logger = logging.getLogger("forge")
+
+
+class Run:
+    """One process's view of a run. Use it as a context manager, and call its methods on all processes.
+
+    Attributes:
+        config: every flag.
+        step: completed optimizer steps.
+        peers: the side channel to the other processes.
+        accelerator, inputs: set by `load_inputs`.
+        log: metrics.jsonl, written by the main process.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.step = config, 0
+        self._contexts, self._progress = ExitStack(), ExitStack()
+        self._stopped_by = ""  # what asked the run to stop
+        self._saving: Saving | None = None
+        self._evaluated: tuple[int, dict] = (-1, {})  # the step and the results of the last evaluation
+
+    def __enter__(self) -> "Run":
+        """Connects to the other processes: from now on, an error on one of them is reported to all."""
+        logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        world = World.from_environment()
+        die_with_launcher(world)
+        with ExitStack() as contexts:
+            self._stop = contexts.enter_context(StopRequest(Stopped))
+            self.peers = contexts.enter_context(Peers(world, self.config.timeout_seconds))
+            self._lock = contexts.enter_context(RunLock(Path(self.config.output_dir).expanduser()))
+            contexts.callback(self._wait_for_save)
+            self._world = world
+            self._contexts = contexts.pop_all()
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        self._progress.close()
+        return self._contexts.__exit__(*error)
+
+    # Before the loop
+
+    def join(self) -> dict:
+        """Agrees with the other processes on how to train; returns the arguments of `Accelerator(...)`.
+
+        Raises:
+            UserError: the machines differ in something that must be equal, or the run folder cannot be used.
+        """
+        self._trackers = check_trackers(self.config.report_to)
+        self._shares = divide_batch(self.config.batch_size, self.config.shares, self._world.num_processes)
+        self._session = join(self.config, self._world, self.peers, self._lock)
+        return self._session.accelerator_arguments() | {"log_with": self._trackers or None}
+
+    def load_inputs(self, accelerator: Accelerator) -> Inputs:
+        """Loads tokenizer, model and data, from another machine if this one lacks them.
+
+        Raises:
+            UserError: something cannot be loaded, or the machines have loaded different models or data.
+        """
+        check_world(self._world, accelerator.num_processes)
+        logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+        self.accelerator, self.inputs = accelerator, load_inputs(self._session)
+        return self.inputs
+
+    def resume(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Loads the newest checkpoint of any machine, if there is one, into the model and the optimizers.
+
+        Raises:
+            UserError: `--resume` cannot be followed, or the checkpoints belong to another run.
+        """
+        self._state, lines = resume(self._session, self.inputs, optimizers)
+        self.log = MetricsLog(self._session.folder, self.accelerator.is_main_process)
+        self._saving = Saving(self._session, self.log, self.accelerator.is_main_process)
+        self._saving.saver.attach(optimizers)
+        if self._state and self._lock.held and not self._saving.enabled:
+            self._saving.saver.prune(self._state["step"])  # a machine without checkpoints keeps what it was sent
+        self._timeout = GroupTimeout(self.accelerator, self.inputs.model, self.config.timeout_seconds)
+        for line in (*self._session.agreement.warnings, *self.inputs.warnings, *lines):
+            logger.warning(line)
+        logger.info(describe_world(self._session.agreement))
+        logger.info(describe_batches(self.config, self.inputs.plan, self._shares))
+        if self._trackers:
+            self.accelerator.init_trackers("p2p-llm-forge", config=dataclasses.asdict(self.config))
+
+    def begin(self, model: nn.Module, optimizers: list[AcceleratedOptimizer]) -> None:
+        """Prepares the first step: gradient scaler, DDP's buckets, log. Call once, with what `prepare` returned."""
+        scaler, state = self.accelerator.scaler, self._state
+        if scaler and state and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        self._optimizers = optimizers
+        self._nonfinite = NonFiniteSteps(self.config, self.accelerator, self.log)
+        self._step_log = StepLog(self.config, self._session, self.inputs, self.accelerator, self.log, model)
+        self._set_step(state["step"] if state else 0)
+        self._first_step = self.step
+        self._write_run_json()
+        if state:
+            changed = changed_settings(self._session, state)
+            logger.info("; ".join([f"resuming after step {self.step} of {self.inputs.plan.num_steps}", *changed]))
+            self.log.write(
+                step=self.step, event="resume", num_processes=self.accelerator.num_processes, changed=changed
+            )
+        self.peers.on_peer_error = self._on_peer_error
+        settle_buckets(self.accelerator, model, optimizers, self.inputs.dataset[EMPTY_BLOCK])
+        self._step_log.sync.backward_done()
+        self._step_log.sync.pop()  # discard what this backward pass measured
+
+    # The loop
+
+    def steps(self) -> Iterator[tuple[int, np.ndarray, dict[str, torch.Tensor]]]:
+        """Yields each step until the end, or until a person or another machine asks the run to stop.
+
+        Yields:
+            step: from 0.
+            blocks: [n] int64, the block indices of the global batch.
+            batch: this process's share of it, [n, sequence_length] int64 tensors on the CPU; a block without labels
+                if its share of a short last batch is empty, since every process has to synchronize.
+        """
+        plan, accelerator, rank = self.inputs.plan, self.accelerator, self._world.process_index
+        self._stop.defer(self._lock.folder if self._world.is_local_main else None)
+        is_quiet = None if accelerator.is_main_process else True  # None: quiet unless stderr is a terminal
+        bar = tqdm(total=plan.num_steps, initial=self.step, unit="step", disable=is_quiet)
+        self._progress.enter_context(bar)
+        self._progress.enter_context(logging_redirect_tqdm())
+        for step in range(self.step, plan.num_steps):
+            self._step_log.start_step()
+            self.peers.set_status("reading its batch")
+            self.inputs.store.check_unchanged()
+            blocks = plan.batch(step)
+            self._share = share_of(blocks, self._shares, rank)
+            batch = read_batch(self.inputs.dataset, self._share, pin_memory=accelerator.device.type == "cuda")
+            self._step_log.batch_read()
+            self.peers.set_status("computing")
+            torch.manual_seed(step_seed(self.config.seed, step, rank))  # for dropout
+            yield step, blocks, batch
+            bar.update()
+            bar.set_postfix(self._step_log.postfix)
+            if self._stopped_by:
+                break
+        self._progress.close()
+
+    def micro_batches(self, batch: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
+        """Yields (micro-batch on the device, whether it is the last one), of up to --micro-batch-size sequences."""
+        for micro_batch, is_last in micro_batches(batch, self.config.micro_batch_size):
+            yield {name: t.to(self.accelerator.device, non_blocking=True) for name, t in micro_batch.items()}, is_last
+        self._step_log.sync.backward_done()
+
+    def begin_totals(self, losses: list[torch.Tensor]) -> None:
+        """Starts the all-reduce of the step's loss; call before the last backward pass, which overlaps it.
+
+        The same all-reduce counts how many processes are asked to stop, so all of them stop after the same step.
+
+        Args:
+            losses: the loss sum of each of this process's micro-batches, scalars.
+        """
+        reason = self._stop.reason()
+        if reason:
+            self.peers.set_first("stop", reason)
+        self._losses, dtype = losses, sum_dtype(self.accelerator.device)
+        loss = torch.stack(losses).sum().to(dtype)
+        self._totals = torch.stack([loss, losses[0].new_tensor(bool(reason), dtype=dtype)])
+        self._wait_for_totals: Callable[[], object] = lambda: None
+        if self.accelerator.num_processes > 1:
+            self._wait_for_totals = dist.all_reduce(self._totals, async_op=True).wait
+
+    def total_loss(self) -> float:
+        """Returns the loss sum over all processes, in nats, once `begin_totals` is complete."""
+        self._wait_for_totals()
+        total, num_stopping = self._totals.tolist()  # equal on all processes
+        if num_stopping:
+            self._stopped_by = self.peers.get_first("stop")
+            self._stop.set_time_limit(self.config.grace_seconds)
+            logger.info(f"stopping after step {self.step + 1}: {self._stopped_by}")
+        return total
+
+    def is_finite(self, mean_loss: float, grad_norm: float) -> bool:
+        """Returns whether the step may change the weights: its loss and gradient are finite. If not, logs where.
+
+        Raises:
+            UserError: not finite, and `--on-nonfinite stop` is set or too many steps were skipped in a row.
+        """
+        return self._nonfinite.is_finite(self.step + 1, mean_loss, grad_norm, self._losses, self._share)
+
+    def step_done(self, loss: float, grad_norm: float, learning_rate: float) -> None:
+        """Records a completed step, logs it if it is due, and compares the replicas if that is due.
+
+        Args:
+            loss: mean over the tokens of the global batch, in nats.
+            grad_norm: of the global batch, before clipping.
+            learning_rate: of this step.
+
+        Raises:
+            DivergedError: the weights or the optimizer states of the processes differ.
+            UserError: too many steps in a row overflow fp16.
+        """
+        self._set_step(self.step + 1)
+        self._nonfinite.check_overflows(self.step)
+        if self.step == self._first_step + 1:
+            self._timeout.first_step_done()
+            self._write_run_json()
+        is_due = self._is_step_due(self.config.log_every)
+        self._step_log.step_done(self.step, loss, grad_norm, learning_rate, is_due)
+        if self.must_save() or self._is_step_due(self.config.check_replicas_every):
+            self._check_replicas()
+
+    def is_due(self, every: int) -> bool:
+        """Returns whether periodic work is due: every `every` steps and after the last one, unless asked to stop.
+
+        Before the loop, it is due in a new run and in one that is already complete.
+        """
+        if self.step == self._first_step:
+            return every > 0 and self.step in (0, self.inputs.plan.num_steps)
+        return not self._stopped_by and self._is_step_due(every)
+
+    def _is_step_due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.inputs.plan.num_steps)
+
+    def must_save(self) -> bool:
+        """Returns whether a checkpoint is due: by `--checkpoint-every`, or because the run was asked to stop."""
+        return bool(self._stopped_by) or self._is_step_due(self.config.checkpoint_every)
+
+    def save(self, learning_rate: float) -> None:
+        """Saves a checkpoint on each machine that keeps them.
+
+        Args:
+            learning_rate: of the next step.
+
+        Raises:
+            UserError: the run was asked to stop, and no machine could save.
+        """
+        scaler = self.accelerator.scaler
+        state = describe_state(self._session, self.inputs, self.step, scaler.state_dict() if scaler else None)
+        evaluated_at, results = self._evaluated
+        state["learning_rate"] = learning_rate
+        state["eval_loss"] = results["eval_loss"] if evaluated_at == self.step else None
+        with self.pause("saving"):
+            write = self._saving.save_last if self._stopped_by else self._saving.save
+            write(self.step, self.inputs.model, self._optimizers, state)
+
+    def log_evaluation(self, results: dict[str, float]) -> None:
+        """Logs the results of an evaluation; the next checkpoint and the model card contain them."""
+        self._evaluated = (self.step, results)
+        self.log.write(step=self.step, **results)
+        self.accelerator.log(results, step=self.step)
+        logger.info(
+            f"step {self.step}: held-out loss {results['eval_loss']:.4f}  perplexity {results['perplexity']:,.2f}  "
+            f"{results['bits_per_byte']:.3f} bits/byte  accuracy {results['next_token_accuracy']:.1%}"
+        )
+
+    @contextmanager
+    def pause(self, status: str) -> Iterator[None]:
+        """Sets this process's status for slow work between steps, and raises the group's timeout to allow for it."""
+        self.peers.set_status(status)
+        start = time.monotonic()
+        yield
+        self._timeout.paused(time.monotonic() - start)
+
+    def _check_replicas(self) -> None:
+        self.peers.set_status("comparing its replica")
+        tensors = replica(self.inputs.model, self._optimizers)
+        if diverged := find_diverged(self.accelerator, tensors, self._session.agreement):
+            self.log.write(step=self.step, event="diverged", message=diverged)
+            raise DivergedError(f"step {self.step}: {diverged}; its memory is faulty, or something has changed it")
+
+    # After the loop
+
+    def finish(self) -> Path:
+        """Writes the final model, ends the process group, and returns the model's folder.
+
+        Call it when the function that holds the prepared model has returned: if DDP's reducer were the last owner of a
+        gloo group, it would destroy the group with Python's lock held, which gloo's threads need (torch 2.13).
+
+        Raises:
+            Stopped: the run was asked to stop; it is saved.
+        """
+        self.peers.set_status("finishing")
+        self._saving.saver.wait()
+        self._saving.report()
+        final = self._session.folder / "final"
+        if self._stopped_by:
+            self.log.write(step=self.step, event="stop", reason=self._stopped_by)
+        elif self.accelerator.is_main_process:
+            card = {"steps": self.step, **self._evaluated[1], "configuration": dataclasses.asdict(self.config)}
+            save_final(self.inputs.model, self.inputs.tokenizer, final, card)
+            self._write_run_json()
+            logger.info(f"done: the model is in {final}, the metrics are in {final.with_name('metrics.jsonl')}")
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # it may be slow: the others wait at the barrier
+        self.accelerator.trackers = []
+        self._saving.finish_running("saves")
+        self.peers.barrier("end")
+        if self._stopped_by:
+            self.peers.release_launchers()
+        self._stop.done()
+        self._optimizers = self._step_log = None
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+        if self._stopped_by:
+            raise Stopped(f"stopped after step {self.step} by {self._stopped_by}; start it again to continue")
+        return final
+
+    def _set_step(self, step: int) -> None:
+        self.step = self.peers.step = step
+        self._lock.set_step(step)
+
+    def _write_run_json(self) -> None:
+        if self.accelerator.is_main_process:
+            content = describe_run(self._session, self.inputs, self._shares, self._timeout.describe())
+            write_run_json(self._session.folder, content)
+
+    def _wait_for_save(self) -> None:
+        if self._saving:
+            self._saving.wait(self.config.grace_seconds)
+
+    def _on_peer_error(self, error: BaseException) -> None:
+        """Called before this process exits because another one failed."""
+        self._wait_for_save()
+        if isinstance(error, PeerLostError):
+            self.log.write(step=self.step, event="peer_lost", message=str(error))

@@ -1,0 +1,111 @@
+"""Saves the checkpoints of a run on each machine, and reports in the log how that went."""
+
+import logging
+import threading
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from forge_lib.checkpoints.saver import Saver
+from forge_lib.distributed.peers import HANG_SECONDS
+from forge_lib.errors import RESUME_HINT, UserError
+from forge_lib.training.log import MetricsLog
+from forge_lib.training.session import Session
+
+logger = logging.getLogger("forge")
+
+
+@dataclass(frozen=True)
+class FailedSave:
+    """A checkpoint that a machine could not write."""
+
+    step: int
+    host: str
+    error: str
+
+
+class Saving:
+    """Writes this machine's checkpoints, and collects on the main process which ones other machines could not write.
+
+    Args:
+        session: the processes.
+        log: where events are written.
+        is_main: whether this is the main process.
+    """
+
+    def __init__(self, session: Session, log: MetricsLog, is_main: bool):
+        self._session, self._peers, self._log, self._is_main = session, session.peers, log, is_main
+        self._failed: list[FailedSave] = []  # of this process, not yet reported to the others
+        self.enabled = session.lock.held and session.is_checkpoint_machine()  # whether this process writes
+        config = session.config
+        self.saver = Saver(
+            session.folder / "checkpoints", config.keep_checkpoints, config.keep_best, config.checkpoint_async
+        )
+
+    def save(self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
+        """Saves a checkpoint on each machine that keeps them, in the background if so configured. Call on all.
+
+        Args:
+            step: completed optimizer steps.
+            model: unwrapped.
+            optimizers: their states, in this order.
+            state: the content of state.json.
+        """
+        self.finish_running(f"save/{step}")
+        if self.enabled:
+            self.saver.save(step, model, optimizers, state)
+        if not self._session.config.checkpoint_async:
+            self._peers.barrier(f"saved/{step}")
+
+    def save_last(self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
+        """Saves the checkpoint of a run that was asked to stop: it completes even if a launcher kills this process.
+
+        Raises:
+            UserError: no machine could write it.
+        """
+        self.finish_running(f"save/{step}")
+        if self.enabled:
+            self.saver.save_surviving(step, model, optimizers, state)
+        self.finish_running(f"last/{step}")
+        saved = self._peers.all_gather({"saved": self.saver.last_step == step}, f"saved/{step}")
+        if not any(each["saved"] for each in saved):
+            raise UserError(f"step {step} could not be saved on any machine: free some disk space. {RESUME_HINT}")
+
+    def finish_running(self, name: str) -> None:
+        """Waits until no process is writing a checkpoint, and reports the failed ones of all. Call on all processes.
+
+        This is where the others wait for a machine with a slow disk, without a timeout.
+        """
+        self.saver.wait()
+        self.report()
+        mine = {"failed": [asdict(failed) for failed in self._failed]}
+        self._failed.clear()
+        for rank, theirs in enumerate(self._peers.all_gather(mine, name, HANG_SECONDS)):
+            if self._is_main and rank != self._session.world.process_index:
+                for failed in theirs["failed"]:
+                    self._report_failed(FailedSave(**failed))
+
+    def report(self) -> None:
+        """Logs the saves of this machine that have ended since the last call."""
+        host = self._peers.host
+        for outcome in self.saver.outcomes():
+            if outcome.path:
+                self._log.write(step=outcome.step, event="checkpoint", path=str(outcome.path), seconds=outcome.seconds)
+                if outcome.error:
+                    logger.error(f"{host}: the checkpoint of step {outcome.step} was written, but {outcome.error}")
+            else:
+                failed = FailedSave(outcome.step, host, outcome.error)
+                self._report_failed(failed)
+                self._failed.append(failed)
+
+    def wait(self, seconds: float) -> None:
+        """Waits up to `seconds` for the running save, and logs its result."""
+        waiting = threading.Thread(target=self.saver.wait, daemon=True)
+        waiting.start()
+        waiting.join(seconds)
+        self.report()
+
+    def _report_failed(self, failed: FailedSave) -> None:
+        logger.error(f"{failed.host}: the checkpoint of step {failed.step} was not written: {failed.error}")
+        self._log.write(step=failed.step, event="checkpoint_failed", host=failed.host, error=failed.error)

@@ -1,0 +1,127 @@
+"""Logs completed steps: times, throughput, loss spikes and stragglers, to the terminal, metrics.jsonl and trackers."""
+
+import logging
+import time
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather
+from torch import nn
+
+from forge_lib.config import TrainConfig
+from forge_lib.training.gradient_sync import GradientSync
+from forge_lib.training.inputs import Inputs
+from forge_lib.training.log import MetricsLog
+from forge_lib.training.session import Session
+from forge_lib.training.step import (
+    SpikeDetector,
+    Throughput,
+    find_straggler,
+    peak_memory_bytes,
+    sum_dtype,
+)
+
+logger = logging.getLogger("forge")
+
+
+class StepLog:
+    """Times the steps of a run and logs them.
+
+    Attributes:
+        sync: measures DDP's synchronization of the gradient.
+        postfix: figures of the last logged step, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        session: Session,
+        inputs: Inputs,
+        accelerator: Accelerator,
+        log: MetricsLog,
+        model: nn.Module,
+    ):
+        self.config, self.session, self.inputs, self.accelerator, self.log = config, session, inputs, accelerator, log
+        self.sync = GradientSync(model, fp16=config.gradient_compression == "fp16")
+        self.postfix: dict[str, str] = {}
+        dtype = "fp32" if session.agreement.mixed_precision == "no" else "bf16"
+        flops = [process.flops for process in session.agreement.processes]
+        peak_flops = sum(each.get(dtype, each["fp32"]) for each in flops)
+        self._throughput = Throughput(inputs.model, config.sequence_length, peak_flops)
+        self._spikes = SpikeDetector()
+        self._own_seconds = 0.0  # computed by this process alone, since the last logged step
+
+    def start_step(self) -> None:
+        """Starts the clock of a step."""
+        self._start = time.perf_counter()
+
+    def batch_read(self) -> None:
+        """Records that the step's batch is in memory."""
+        self._data_seconds = time.perf_counter() - self._start
+
+    def step_done(self, step: int, loss: float, grad_norm: float, learning_rate: float, is_due: bool) -> None:
+        """Records a completed step, and logs it if it is due. Call on all processes.
+
+        Args:
+            step: completed optimizer steps.
+            loss: mean over the tokens of the global batch, in nats.
+            grad_norm: of the global batch, before clipping.
+            learning_rate: of this step.
+            is_due: whether to write a row; equal on all processes.
+        """
+        plan, config = self.inputs.plan, self.config
+        sync_seconds, bytes_sent = self.sync.pop()
+        step_seconds = time.perf_counter() - self._start
+        num_sequences = plan.num_samples(step) - plan.num_samples(step - 1)
+        self._throughput.add(num_sequences * config.sequence_length, step_seconds)
+        self._own_seconds += step_seconds - sync_seconds
+        self._log_spike(step, loss)
+        if not is_due:
+            return
+        peak_memory = self._gather_peak_memory(step)
+        tokens_per_second, mfu = self._throughput.pop()
+        row = {
+            "step": step,
+            "epoch": plan.num_samples(step) / len(self.inputs.dataset),
+            "tokens": plan.num_samples(step) * config.sequence_length,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": step_seconds,
+            "data_seconds": self._data_seconds,
+            "compute_seconds": step_seconds - self._data_seconds - sync_seconds,
+            "sync_seconds": sync_seconds,
+            "bytes_sent": bytes_sent,
+            "mfu": mfu,
+            "peak_memory_bytes": peak_memory,
+            "num_processes": self.accelerator.num_processes,
+        }
+        self.log.write(**row)
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+        self.postfix = {"loss": f"{loss:.4f}", "tokens_per_second": f"{tokens_per_second:,.0f}"}
+        logger.info(
+            f"step {step}/{plan.num_steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  "
+            f"lr {learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s"
+        )
+
+    def _gather_peak_memory(self, step: int) -> int:
+        """Returns the largest peak memory of any process, in bytes; logs a straggler. Call on all processes."""
+        device = self.accelerator.device
+        mine = [peak_memory_bytes(device), self._own_seconds]
+        everyones = gather(torch.tensor([mine], dtype=sum_dtype(device), device=device)).cpu()
+        self._own_seconds = 0.0
+        if straggler := find_straggler(everyones[:, 1].tolist()):
+            host = self.session.hosts[straggler.process]
+            logger.warning(
+                f"step {step}: the others wait for process {straggler.process} on {host}, which takes "
+                f"{straggler.ratio:.1f} times as long; give it less with --shares"
+            )
+            self.log.write(step=step, event="straggler", process=straggler.process, host=host, ratio=straggler.ratio)
+        return int(everyones[:, 0].max())
+
+    def _log_spike(self, step: int, loss: float) -> None:
+        usual = self._spikes.usual_loss(loss)
+        if usual is not None:
+            logger.warning(f"step {step}: loss {loss:.4f} is a spike; the usual loss is {usual:.4f}")
+            self.log.write(step=step, event="loss_spike", loss=loss, usual_loss=usual)

@@ -1,0 +1,98 @@
+"""The structure that CONTRIBUTING.md promises: imports go one way, and files and functions stay small."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+
+LIBRARY = ROOT / "forge_lib"
+# A module imports from its own folder and from groups to its left.
+GROUPS = [
+    {"errors", "disk", "config", "flags", "process"},
+    {"data", "models", "checkpoints", "distributed", "cluster"},
+    {"training", "launch", "check"},
+]
+EXCEPTIONS: dict[tuple[str, str], str] = {}  # (importing folder, imported folder): the reason
+
+
+def rank_of(name: str) -> int:
+    return next(rank for rank, group in enumerate(GROUPS) if name in group)
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Yields the name of each module that a file imports, wherever the import stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def broken_imports(path: Path, source: str) -> list[str]:
+    """Returns the imports of forge_lib in a file of forge_lib or scripts that break the rule."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    broken = []
+    for module in imported_modules(ast.parse(source)):
+        words = module.split(".")
+        if words[0] == "scripts":
+            broken.append(f"{path.relative_to(ROOT)} imports {module}")
+        if words[0] != "forge_lib" or parts[0] == "scripts":
+            continue
+        own, other = parts[1], words[1]
+        is_allowed = own == other or rank_of(other) < rank_of(own) or (rank_of(own) == rank_of(other) == 0)
+        if not is_allowed and (own, other) not in EXCEPTIONS:
+            broken.append(f"{path.relative_to(ROOT)} imports {module}")
+    return broken
+
+
+def test_imports_go_from_right_to_left_only():
+    """{errors, disk, ...} < {data, models, ...} < {training, launch, check} < scripts."""
+    paths = [path for folder in ("forge_lib", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    broken = [
+        line for path in paths if path != LIBRARY / "__init__.py" for line in broken_imports(path, path.read_text())
+    ]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("forge_lib/data/corpus.py", "from forge_lib.models.loading import load_model"),
+        ("forge_lib/models/loss.py", "from forge_lib.training.run import Run"),
+        ("forge_lib/process.py", "import forge_lib.distributed.peers"),
+        ("forge_lib/check/links.py", "from forge_lib.launch import ssh"),
+        ("scripts/train.py", "from scripts.evaluate import main"),
+    ],
+)
+def test_a_line_that_breaks_the_import_rule_is_found(path, line):
+    source = (ROOT / path).read_text()
+    assert not broken_imports(ROOT / path, source)
+    assert len(broken_imports(ROOT / path, f"{source}\n\ndef f():\n    {line}\n")) == 1
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Yields the name and the number of lines of each function in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def test_the_training_loop_and_its_script_can_be_read_in_one_go():
+    script = ROOT / "scripts" / "train.py"
+    assert dict(functions(script))["train"] < 100
+    assert len(script.read_text().splitlines()) < 250
+
+
+def test_files_and_functions_of_the_library_stay_small():
+    for path in LIBRARY.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+        for name, length in functions(path):
+            assert length <= 60, f"{path}: {name} has {length} lines"
+
+
+def test_each_folder_of_the_library_says_in_one_sentence_what_it_is_for():
+    for folder in [path for path in LIBRARY.iterdir() if path.is_dir() and path.name != "__pycache__"]:
+        tree = ast.parse((folder / "__init__.py").read_text())
+        assert len(tree.body) == 1 and ast.get_docstring(tree).endswith("."), folder
