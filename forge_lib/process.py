@@ -135,7 +135,7 @@ def is_running(process: psutil.Process) -> bool:
 
 
 def shell_exit_code(code: int) -> int:
-    """Returns an exit code as a shell gives it: 128 + N for a process that signal N killed, which Python gives as -N."""
+    """Returns an exit code as a shell does: 128 + N for a process that signal N killed (Python: -N)."""
     return code if code >= 0 else 128 - code
 
 

@@ -3,8 +3,8 @@
     python tests/smoke_single_node.py
     uv run tests/smoke_single_node.py
 
-Two processes train over gloo, started by `accelerate launch` as in the README. The results are in artifacts/smoke/. The
-last line says what was checked; the exit code is 0 if all of it holds.
+Two processes train over gloo, started by `accelerate launch` as in the README. The results are in artifacts/smoke/.
+The last line says what was checked; the exit code is 0 if all of it holds.
 """
 
 import json

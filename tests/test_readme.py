@@ -1,9 +1,9 @@
-"""The README's commands are ones that a user can type."""
+"""The pages: their commands can be typed, their links and file names exist, and generated parts are up to date."""
 
 import ast
-import dataclasses
 import importlib
 import re
+import runpy
 import shlex
 
 import pytest
@@ -15,6 +15,7 @@ from forge_lib.flags import parse_config
 from forge_lib.launch.config import ForgeConfig
 
 PAGES = ["README.md", "README.tr.md", "CONTRIBUTING.md", "accelerate_configs/README.md", "data/README.md"]
+PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = {
     "train": "TrainConfig",
     "evaluate": "EvaluateConfig",
@@ -28,7 +29,7 @@ POSITIONAL = {"make_configs": "cluster", "check_cluster": "cluster"}
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of each command in the bash blocks of the pages."""
+    """Returns (page, words) of each command in the bash blocks of the pages."""
     found = []
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
@@ -39,7 +40,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 def check_script(words: list[str]) -> None:
-    """A script of ours, with its flags."""
+    """Checks that a script exists, and that it accepts these flags."""
     script, flags = ROOT / words[0], words[1:]
     assert script.is_file(), words
     if script.parent.name == "scripts":
@@ -48,7 +49,7 @@ def check_script(words: list[str]) -> None:
 
 
 def check(words: list[str]) -> bool:
-    """Checks one command; False where it is not one of ours."""
+    """Checks one command; returns False if it is not a program of this project or of its launchers."""
     program = words[0].split("/")[-1]
     if program in ("python", "python3") and len(words) > 1 and words[1].endswith(".py"):
         check_script(words[1:])
@@ -87,16 +88,36 @@ def test_the_command_in_a_scripts_docstring_parses(name):
     assert all(found)
 
 
-def test_the_readme_has_every_flag_of_training_and_topology():
-    text = (ROOT / "README.md").read_text()
-    for field in dataclasses.fields(ForgeConfig):
-        flag = "--" + field.name.replace("_", "-")
-        assert re.search(rf"^\|.*`{flag}[ `].*\|", text, flags=re.MULTILINE), f"{flag} is not in the README's tables"
+def headings(page: str) -> list[str]:
+    """Returns the level of each heading of a page, without the lines of code blocks."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    return re.findall(r"^(#+) ", text, flags=re.MULTILINE)
 
 
-def test_the_file_tree_of_the_readme_is_the_real_one():
-    text = (ROOT / "README.md").read_text()
-    for folder in ("forge_lib", "scripts", "accelerate_configs"):
-        for path in (ROOT / folder).iterdir():
-            if path.suffix in (".py", ".yaml", ".ipynb") and path.name != "__init__.py":
-                assert path.name in text, f"{folder}/{path.name} is not in the README"
+def test_the_turkish_readme_has_the_sections_and_the_commands_of_the_english_one():
+    assert headings("README.tr.md") == headings("README.md")
+    english, turkish = (
+        [words for page, words in commands() if page == name] for name in ("README.md", "README.tr.md")
+    )
+    assert turkish == english
+
+
+def test_each_page_can_be_read_in_one_sitting():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
+    for page in (ROOT / "docs").glob("*.md"):
+        assert len(page.read_text().splitlines()) <= 250, page
+
+
+def test_the_page_of_flags_is_what_the_code_generates():
+    generator = runpy.run_path(str(ROOT / "docs" / "make_flags.py"))
+    assert (ROOT / "docs" / "flags.md").read_text() == generator["make_page"](), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_file_name_of_a_page_exists(page):
+    """Links to files, and names of files of this repository in code spans, such as `scripts/train.py`."""
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        assert "://" in link or (folder / link).exists(), link
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.py)`", text):  # from the root or from forge_lib/
+        assert (ROOT / name).exists() or (ROOT / "forge_lib" / name).exists(), name

@@ -32,7 +32,7 @@ class MetricsLog:
                 os.truncate(self._path, text.rfind(b"\n") + 1)
 
     def write(self, **row) -> None:
-        """Appends a row; floats that JSON lacks (inf, nan) become null. On a full disk the row is lost, without error."""
+        """Appends a row; floats that JSON lacks (inf, nan) become null. A full disk loses the row only."""
         if not self._path:
             return
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
