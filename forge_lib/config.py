@@ -26,7 +26,7 @@ def flag(
     Args:
         default: MISSING for a required flag.
         help: one line.
-        unit: stands for the value on the command line.
+        unit: is the placeholder of the value on the command line.
         at_least, above, below: the range of a number, which `check_ranges` checks.
     """
     limits = {"at_least": at_least, "above": above, "below": below}
@@ -74,7 +74,7 @@ class ModelNameConfig:
     _argument_group_name = "model"
 
     model_name: str = flag(MISSING, "Hub id, local folder or .gguf file", "NAME")
-    trust_remote_code: bool = flag(False, "run the Python code that comes with a Hub model")
+    trust_remote_code: bool = flag(False, "run the Python code that is part of a Hub model")
 
 
 @dataclass(kw_only=True)

@@ -72,7 +72,7 @@ class RunConfig:
     _argument_group_name = "forecast"
 
     model_name: str = flag("", "model to forecast; empty: no forecast", "NAME")
-    trust_remote_code: bool = flag(False, "run the Python code that comes with a Hub model")
+    trust_remote_code: bool = flag(False, "run the Python code that is part of a Hub model")
     sequence_length: int = flag(512, "tokens per sequence", "TOKENS", at_least=2)
     batch_size: int = flag(32, "GLOBAL batch of one step, over all processes", "SEQUENCES", at_least=1)
     micro_batch_size: int = flag(8, "sequences per forward pass on one device", "SEQUENCES", at_least=1)
@@ -186,7 +186,7 @@ def measure_machines(run: TrainConfig, names: list[str], device: str, peers: Pee
     """Measures one process of each machine; returns what a run would agree on. Call on all machines."""
     peers.set_status("measuring its speed")
     facts = dataclasses.replace(local_facts(run, peers.world, device), host=peers.host)
-    agreement = agree(peers.all_gather(facts), run)
+    agreement = agree(peers.all_gather(facts, "facts"), run)
     speeds = peers.all_gather(MachineSpeed(facts.flops, copy_bandwidth(device)), "speeds of the machines")
     report.speeds = dict(zip(names, speeds, strict=True))
     report.warnings += [line for line in agreement.warnings if line not in report.warnings]

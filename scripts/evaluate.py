@@ -126,7 +126,7 @@ def compare(
     Raises:
         UserError: the processes have different versions, flags, data or weights.
     """
-    agreement = agree(peers.all_gather(local_facts(config, world, device)), config)
+    agreement = agree(peers.all_gather(local_facts(config, world, device), "facts"), config)
     facts = InputFacts(
         host=peers.host,
         fingerprints={"--dataset-path": store.fingerprint},

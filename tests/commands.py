@@ -96,6 +96,6 @@ def until(condition: Callable[[], T], seconds: float, what: str) -> T:
     end = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > end:
-            pytest.fail(f"waited {seconds:g} s in vain: {what}")
+            pytest.fail(f"waited {seconds:g} s without success: {what}")
         time.sleep(0.05)
     return found

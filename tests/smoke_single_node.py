@@ -4,7 +4,7 @@
     uv run tests/smoke_single_node.py
 
 Two processes train over gloo, started by `accelerate launch` as in the README. The results are in artifacts/smoke/.
-The last line says what was checked; the exit code is 0 if all of it holds.
+The last line states what was checked; the exit code is 0 if all of it holds.
 """
 
 import json
@@ -22,7 +22,7 @@ FLAGS += ["--device", "cpu", "--backend", "gloo", "--output-dir", str(FOLDER)]
 
 
 def main() -> str:
-    """Trains, checks the results, and returns a sentence that says what was checked."""
+    """Trains, checks the results, and returns a sentence that states what was checked."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     config = "accelerate_configs/cpu_2_processes.yaml"
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "scripts/train.py", *FLAGS]

@@ -88,7 +88,7 @@ class Record:
         mistakes: what is wrong with its address, its port or its command line.
         links: for each other machine that it tried to reach, why that fails, or nothing.
         clocks: by how many seconds the clock of each other machine is ahead of its own.
-        continues: whether it goes on to the measurements.
+        continues: whether it continues with the measurements.
         has_left: whether it ends the check.
     """
 

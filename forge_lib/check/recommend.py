@@ -97,7 +97,7 @@ def make_forecast(workload: Workload, num_machines: int, speeds: list[Speed], sh
     for count in NUMBERS_OF_MACHINES if num_machines > 1 else ():
         num_processes = count * max(1, round(len(speeds) / num_machines))
         such_machines[count] = _estimate_equal_processes(workload, speeds, num_processes)
-    flags, with_flags = _recommend(workload, speeds, shares, here)
+    flags, with_flags = _recommend(workload, speeds, here)
     notes = []
     if with_flags.sync > NETWORK_FRACTION * with_flags.seconds:
         fraction = with_flags.sync / with_flags.seconds
@@ -116,9 +116,7 @@ def _estimate_equal_processes(workload: Workload, speeds: list[Speed], num_proce
     return workload.estimate([mean_speed(speeds)] * num_processes, [share] * num_processes)
 
 
-def _recommend(
-    workload: Workload, speeds: list[Speed], shares: list[int], here: Estimates
-) -> tuple[list[str], Estimate]:
+def _recommend(workload: Workload, speeds: list[Speed], here: Estimates) -> tuple[list[str], Estimate]:
     """Returns the recommended flags, and the forecast of a step with them."""
     run = workload.run
     flags = [f"--batch-size {run.batch_size}", f"--micro-batch-size {run.micro_batch_size}"]

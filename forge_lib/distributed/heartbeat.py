@@ -41,7 +41,7 @@ class Heartbeat:
 
     Args:
         process: this process.
-        timeout_seconds: a process is lost if it sends no heartbeat for so long.
+        timeout_seconds: a process is lost if it sends no heartbeat for this many seconds.
         start_seconds: a process is lost if it has not sent its first heartbeat by then.
         leave: ends this process with an exit code.
 
@@ -49,7 +49,7 @@ class Heartbeat:
         states: the last known state of each process, by rank.
         changed: when the heartbeat of each process last changed, in seconds of `time.monotonic`.
         answered: when the store last answered.
-        verdict: why the run is over; None while it goes on.
+        verdict: why the run is over; None while it runs.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Heartbeat:
 
     def _end_process(self, verdict: Verdict) -> None:
         error = verdict.as_error()
-        # In a thread of its own, since the link to the store may be the one that fell silent.
+        # In a separate thread, since the link to the store may be the one that fell silent.
         threading.Thread(target=store_verdict, args=(self.store, verdict), daemon=True).start()
         with suppress(Exception):
             self._process.on_peer_error(error)

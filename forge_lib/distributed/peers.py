@@ -45,7 +45,7 @@ class Peers:
 
     Args:
         world: the processes of the run.
-        timeout_seconds: a process is lost if it sends no heartbeat for so long. If this process waits in a collective
+        timeout_seconds: a process is lost if it sends no heartbeat for this many seconds. If this process waits in a collective
             of the process group then, it prints the reason and ends with exit code 3.
         start_seconds: a process is lost if it has not sent its first heartbeat by then.
         hint: what the user can do if a process is lost.
@@ -106,15 +106,14 @@ class Peers:
         """Sets what this process does now; others print it while they wait. Cheap: call it often."""
         self.status = status
 
-    def all_gather(self, facts: Facts, name: str = "facts", limit_seconds: float = math.inf) -> list[Facts]:
+    def all_gather(self, facts: Facts, name: str, limit_seconds: float = math.inf) -> list[Facts]:
         """Sends `facts` to all processes and returns the facts of all, by rank. Call on all processes.
 
-        While it waits, one process of each machine prints every 10 s for whom.
+        While it waits, one process of each machine prints every 10 s which processes are missing.
 
         Args:
-            facts: a dict of JSON types, or an instance of a dataclass whose fields are of JSON types. What is returned
-                is of the same kind: dicts, or instances that `type(facts)(**fields)` makes.
-            name: of this call; another one for each call.
+            facts: an instance of a dataclass whose fields are of JSON types; the same class on all processes.
+            name: identifies this call; use each name once.
             limit_seconds: a process that lives, but has not called this by then, is lost.
 
         Raises:
@@ -123,12 +122,9 @@ class Peers:
         """
         if self.world.num_processes == 1:
             return [facts]
-        is_dataclass = dataclasses.is_dataclass(facts)
-        fields = dataclasses.asdict(facts) if is_dataclass else facts
+        fields = dataclasses.asdict(facts)
         keys = self._store_and_wait(name, json.dumps(fields), limit_seconds)
         values = [json.loads(self._heartbeat.store.get(key)) for key in keys]
-        if not is_dataclass:
-            return values
         for rank, value in enumerate(values):
             if value.keys() != fields.keys():
                 raise UserError(

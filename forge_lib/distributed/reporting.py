@@ -1,5 +1,6 @@
 """How a program ends: one message and the exit code of its error, on this process and on all others."""
 
+import gc
 import os
 import sys
 import traceback
@@ -37,6 +38,7 @@ def report_errors(program: str) -> Iterator[None]:
     else:
         if _has_stuck_thread():
             _end(0)
+        gc.freeze()  # spares the interpreter's last collections, about a second with transformers' classes loaded
         return
     prefix = "" if isinstance(error, Stopped) else "error: "
     print(f"{program}: {prefix}{error}", file=sys.stderr, flush=True)
@@ -64,7 +66,7 @@ def _report_to_peers(error: UserError) -> None:
                 with Peers(world):
                     raise error
     except (UserError, RuntimeError):
-        pass  # the error comes back, or no other process can be reached
+        pass  # the error was raised again, or no other process can be reached
 
 
 def _end(code: int) -> None:

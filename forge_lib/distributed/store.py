@@ -19,7 +19,7 @@ def open_store(world: World, answer_seconds: float) -> dist.Store:
 
     Args:
         world: has the store's address.
-        answer_seconds: an operation raises `dist.DistError` if the store does not answer for so long.
+        answer_seconds: an operation raises `dist.DistError` if the store does not answer for this many seconds.
 
     Returns:
         A view of the store that has only the keys of the launcher's current attempt.

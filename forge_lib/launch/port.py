@@ -59,6 +59,6 @@ def _explain(config: ForgeConfig, error: OSError) -> UserError:
         return UnavailableError(
             f"this machine ({host}: {', '.join(sorted(own_addresses()))}) was started as --node-rank 0, but "
             f"--master-addr {config.master_addr} is not its address; number 0 is the main machine, each other machine "
-            "needs a number of its own"
+            "needs a different number"
         )
     return UserError(f"--master-port {config.master_port}: {error.strerror} on {host}")

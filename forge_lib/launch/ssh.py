@@ -53,7 +53,7 @@ def run(cluster: Cluster, config: ForgeConfig) -> int:
     """Runs the command on all machines of a cluster to its end; none of the processes started here is left.
 
     Returns:
-        The exit code, as `choose_code` gives it; 130 if the user ended what did not end by itself.
+        The exit code, as `choose_code` gives it; 130 if the user killed the remaining commands.
 
     Raises:
         UserError: a machine's ssh destination is not valid, or there is no ssh.

@@ -65,7 +65,7 @@ class Supervisor(StopSignals):
             holder = self._lock_holder()
             step = holder.step if holder.pid not in (0, before.pid) else None
             failures.append(Failure(code, step))
-            if step:  # from now on it has checkpoints of its own, instead of what --resume names
+            if step:  # from now on it has its own checkpoints, instead of what --resume names
                 self.config.resume = "auto"
             if step is not None and step > farthest_step:
                 farthest_step, pause = step, FIRST_PAUSE

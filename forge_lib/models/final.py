@@ -23,7 +23,7 @@ def save_final(
         model: the unwrapped model; LoRA adapters are merged in place.
         tokenizer: its tokenizer.
         folder: written under a temporary name and then renamed; it replaces an older folder of that name.
-        facts: what the model card tells about the run.
+        facts: what the model card states about the run.
     """
     folder = folder.resolve() if folder.is_symlink() else folder  # the link stays
     disk.restore(folder)

@@ -1,4 +1,4 @@
-"""Hashes that tell whether two models are the same."""
+"""Hashes that show whether two models are the same."""
 
 import json
 

@@ -36,7 +36,7 @@ def evaluate_model(
         dataset: a BlockDataset; each process evaluates every num_processes-th block.
         batch_size: sequences per forward pass.
         tokens_per_byte: tokens of the data per UTF-8 byte of it.
-        barrier: waits for the other processes before the sums are gathered; it has no time limit.
+        barrier: waits for the other processes before the sums are gathered; it may take up to an hour.
     """
     from forge_lib.training.metrics import compute_metrics  # evaluate and datasets: seconds of imports
 

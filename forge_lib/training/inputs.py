@@ -63,6 +63,14 @@ class Inputs:
         return self.eval_store.manifest["num_tokens"] / self.eval_store.manifest["num_text_bytes"]
 
 
+@dataclass(frozen=True)
+class HeldStore:
+    """The fingerprint of a process's token store ("": it has none), and whether the flag names a store, not text."""
+
+    fingerprint: str
+    is_store: bool
+
+
 def load_inputs(session: Session) -> Inputs:
     """Loads model and data, from another machine if this one lacks them. Call on all processes.
 
@@ -112,13 +120,13 @@ def fetch_model(session: Session) -> None:
 def fetch_store(session: Session, field: str, tokenizer: "transformers.PreTrainedTokenizerBase") -> TokenStore:
     """Opens the token store of a flag: makes it from text, or fetches it from another machine. Call on all processes.
 
+    A store that another machine made from text is written into the cache; a store that the flag names on another
+    machine is written to the flag's path.
+
     Args:
         session: the processes.
         field: "dataset_path" or "eval_dataset_path".
         tokenizer: splits the text.
-
-    A store that another machine made from text is written into the cache; a store that the flag names on another
-    machine is written to the flag's path.
     """
     peers, path = session.peers, getattr(session.config, field)
     config = dataclasses.replace(session.config, dataset_path=path, eval_dataset_path="")
@@ -128,10 +136,10 @@ def fetch_store(session: Session, field: str, tokenizer: "transformers.PreTraine
         store = prepare_store(config, tokenizer, progress=peers.set_status)
         if session.world.is_local_main:
             verify_store(store, progress=peers.set_status)
-    mine = {"fingerprint": store.fingerprint if store else "", "is_store": is_store(path)}
-    theirs = next(facts for facts in peers.all_gather(mine, field) if facts["fingerprint"])
-    folder = store.folder if store else received_folder(theirs["fingerprint"])
-    if not store and theirs["is_store"] and not data_exists(str(folder)):
+    mine = HeldStore(store.fingerprint if store else "", is_store(path))
+    theirs = next(held for held in peers.all_gather(mine, field) if held.fingerprint)
+    folder = store.folder if store else received_folder(theirs.fingerprint)
+    if not store and theirs.is_store and not data_exists(str(folder)):
         folder = Path(path).expanduser()
     is_here = is_store(folder)
     if is_here and not store and session.world.is_local_main:  # received in an earlier run

@@ -12,7 +12,7 @@ from forge_lib.errors import UserError
 from forge_lib.training.fetch import fetch
 from forge_lib.training.inputs import Inputs
 from forge_lib.training.session import Session
-from forge_lib.training.state import find_new_seeds
+from forge_lib.training.state import warn_about_dropout
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def resume(session: Session, inputs: Inputs, optimizers: list[torch.optim.Optimi
         set_aside = checkpoints.set_aside(folder, best.step)
         lines += [f"{name}, which is newer than {best.path}, was renamed" for name in set_aside]
         checkpoints.adopt(held or target, folder, best.step)
-    return state, lines + find_new_seeds(config.dropout, state)
+    return state, lines + warn_about_dropout(config.dropout, state)
 
 
 def find_own(session: Session, inputs: Inputs) -> FoundCheckpoint:

@@ -25,6 +25,14 @@ class FailedSave:
     error: str
 
 
+@dataclass(frozen=True)
+class SaveReport:
+    """What a process tells the others about its saves: the step of its newest one, and the failed ones as dicts."""
+
+    last_step: int
+    failed: list[dict]
+
+
 class Saving:
     """Writes this machine's checkpoints, and collects on the main process which ones other machines could not write.
 
@@ -67,24 +75,28 @@ class Saving:
         self.finish_running(f"save/{step}")
         if self.enabled:
             self.saver.save_surviving(step, model, optimizers, state)
-        self.finish_running(f"last/{step}")
-        saved = self._peers.all_gather({"saved": self.saver.last_step == step}, f"saved/{step}")
-        if not any(each["saved"] for each in saved):
+        reports = self.finish_running(f"last/{step}")
+        if not any(report.last_step == step for report in reports):
             raise UserError(f"step {step} could not be saved on any machine: free some disk space. {RESUME_HINT}")
 
-    def finish_running(self, name: str) -> None:
-        """Waits until no process is writing a checkpoint, and reports the failed ones of all. Call on all processes.
+    def finish_running(self, name: str) -> list[SaveReport]:
+        """Waits until no process is writing a checkpoint, and logs the failed ones of all. Call on all processes.
 
-        This is where the others wait for a machine with a slow disk, without a timeout.
+        This is where the others wait for a machine with a slow disk, for up to an hour.
+
+        Returns:
+            What each process reports, by rank.
         """
         self.saver.wait()
         self.report()
-        mine = {"failed": [asdict(failed) for failed in self._failed]}
+        mine = SaveReport(self.saver.last_step, [asdict(failed) for failed in self._failed])
         self._failed.clear()
-        for rank, theirs in enumerate(self._peers.all_gather(mine, name, HANG_SECONDS)):
+        reports = self._peers.all_gather(mine, name, HANG_SECONDS)
+        for rank, report in enumerate(reports):
             if self._is_main and rank != self._session.world.process_index:
-                for failed in theirs["failed"]:
+                for failed in report.failed:
                     self._report_failed(FailedSave(**failed))
+        return reports
 
     def report(self) -> None:
         """Logs the saves of this machine that have ended since the last call."""

@@ -94,7 +94,7 @@ def join(config: TrainConfig, world: World, peers: Peers, lock: RunLock) -> Sess
         local_facts(config, world, device), machine=world.machine, run_id=uuid.uuid4().hex, has=has
     )
     peers.address = facts.address
-    agreement = agree(peers.all_gather(facts), config)
+    agreement = agree(peers.all_gather(facts, "facts"), config)
     # The main machine first: on a disk that machines share, it is the one that gets the lock.
     for is_main_turn in (True, False):
         if world.is_local_main and (world.process_index == 0) == is_main_turn:

@@ -9,7 +9,7 @@ from forge_lib.training.session import Session
 STEP_SEED = "numpy SeedSequence((seed, step, process_index))"  # how training/step.py derives a step's random seed
 
 
-def find_new_seeds(dropout: float, state: dict) -> list[str]:
+def warn_about_dropout(dropout: float, state: dict) -> list[str]:
     """Returns a line for the log if the run continues with other dropout masks than it would have had."""
     if dropout and state.get("random", {}).get("of_a_step") != STEP_SEED:
         return ["an older version of this program wrote the checkpoint: the dropout masks differ from its own"]

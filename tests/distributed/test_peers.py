@@ -48,25 +48,19 @@ class Machine:
     cores: int
 
 
-def test_facts_of_all_processes_come_back_by_rank(world):
-    with Peers(world) as alice:
-        store_of_bob(world).set("facts/1", json.dumps({"host": "bob"}))
-        assert alice.all_gather({"host": "alice"}) == [{"host": "alice"}, {"host": "bob"}]
-
-
-def test_facts_in_a_dataclass_come_back_in_that_dataclass(world):
+def test_an_all_gather_returns_the_facts_of_all_processes_by_rank(world):
     machines = [Machine("alice", 2), Machine("bob", 4)]
     with Peers(world) as alice:
         store_of_bob(world).set("machines/1", json.dumps(dataclasses.asdict(machines[1])))
         assert alice.all_gather(machines[0], "machines") == machines
     with Peers(World()) as alone:
-        assert alone.all_gather(machines[0]) == machines[:1]
+        assert alone.all_gather(machines[0], "machines") == machines[:1]
 
 
 def test_a_process_that_sends_other_fields_is_told_to_update(world):
     with pytest.raises(UserError, match="process 1 runs another version of this program"), Peers(world) as alice:
         store_of_bob(world).set("facts/1", json.dumps({"host": "bob", "memory": 4}))
-        alice.all_gather(Machine("alice", 2))
+        alice.all_gather(Machine("alice", 2), "facts")
 
 
 def test_the_first_text_under_a_key_stays(world):
@@ -142,7 +136,7 @@ def test_a_failed_collective_names_the_process_that_hangs(world, monkeypatch):
 def test_the_verdict_of_another_process_is_raised_as_the_error_that_it_was(world, kind):
     with pytest.raises(KINDS[kind], match="as bob reports"), Peers(world) as alice:
         store_verdict(store_of_bob(world), Verdict(kind, 1, "as bob reports"))
-        alice.all_gather({})
+        alice.all_gather(Machine("alice", 2), "facts")
 
 
 def test_sigterm_after_the_mistake_of_another_process_raises_that_mistake():
