@@ -45,8 +45,8 @@ class Peers:
 
     Args:
         world: the processes of the run.
-        timeout_seconds: a process is lost if it sends no heartbeat for this many seconds. If this process waits in a collective
-            of the process group then, it prints the reason and ends with exit code 3.
+        timeout_seconds: a process is lost if it sends no heartbeat for this many seconds. If this process then waits
+            in a collective of the process group, it prints the reason and ends with exit code 3.
         start_seconds: a process is lost if it has not sent its first heartbeat by then.
         hint: what the user can do if a process is lost.
         leave: ends this process with an exit code; tests replace it.
