@@ -41,13 +41,13 @@ def main(config: TrainConfig) -> Path:
         PeerLostError, DivergedError: another process is lost, or its weights differ.
         Stopped: the run was asked to stop; it is saved.
     """
-    with Run(config) as run:  # connects to the other processes; an error in this block is reported to all of them
-        accelerator = Accelerator(**run.join())  # device, precision and backend, as agreed by all processes
+    with Run(config) as run:  # opens the side channel: an error in this block is reported to all processes
+        accelerator = Accelerator(**run.join())  # as agreed by all processes; locks the run folder
         inputs = run.load_inputs(accelerator)  # tokenizer, model, data and batch plan
         optimizers = build_optimizers(inputs.model, config)
-        run.resume(optimizers)  # loads the newest checkpoint of any machine, if there is one
+        run.resume(optimizers)  # opens the logs; loads the newest checkpoint of any machine, if there is one
         train(config, run, accelerator, inputs, optimizers)
-        return run.finish()
+        return run.finish()  # here, not in train(): DDP must be freed before its process group
 
 
 def train(
@@ -66,11 +66,11 @@ def train(
     learning_rate = learning_rate_schedule(config, inputs.plan.num_steps)
     max_grad_norm = config.max_grad_norm or math.inf  # inf: no clipping
     eval_every = config.eval_every if inputs.eval_dataset else 0
-    run.begin(model, optimizers)
-    if run.is_due(eval_every):
+    run.begin(model, optimizers)  # restores the fp16 scaler, and fixes the order of DDP's buckets
+    if run.is_due(eval_every):  # before the loop: only in a new run, or in one that is already complete
         evaluate(run, model)
 
-    for step, blocks, batch in run.steps():  # ends early, after a checkpoint, if the run is asked to stop
+    for step, blocks, batch in run.steps():  # from 0; ends early, after a checkpoint, if the run is asked to stop
         # 1. Batch. `blocks`, the global batch, depends only on (seed, data, batch size, step); `batch` is this
         #    process's share of it.
         num_targets = max(1, inputs.dataset.num_targets(blocks))
@@ -84,26 +84,27 @@ def train(
                 loss = loss_sum(model, micro_batch)  # in nats
                 losses.append(loss.detach())
                 if is_last:
-                    run.begin_totals(losses)  # starts the all-reduce of the loss; overlaps the last backward pass
+                    run.begin_totals(losses)  # all-reduces the loss and stop requests during the backward pass
                 accelerator.backward(loss * accelerator.num_processes / num_targets)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm).item()
         mean_loss = run.total_loss() / num_targets  # over all processes
 
-        # 3. Update.
-        if run.is_finite(mean_loss, grad_norm):  # if not: the step is skipped or the run ends (--on-nonfinite)
+        # 3. Update. If not finite, the step is skipped or the run ends (--on-nonfinite). An overflow of fp16 passes:
+        #    the gradient scaler skips it.
+        if run.is_finite(mean_loss, grad_norm):
             for optimizer in optimizers:
                 optimizer.step()  # a pre-hook waits here if a checkpoint is still copying the weights
         for optimizer in optimizers:
             optimizer.zero_grad()
 
         # 4. Periodic work.
-        run.step_done(mean_loss, grad_norm, learning_rate(step))
+        run.step_done(mean_loss, grad_norm, learning_rate(step))  # logs; compares the replicas if that is due
         if run.is_due(eval_every):
             evaluate(run, model)
         if run.is_due(config.sample_every):
             write_sample(run, model)
         if run.must_save():
-            run.save(learning_rate(step + 1))
+            run.save(next_learning_rate=learning_rate(step + 1))
 
 
 if __name__ == "__main__":

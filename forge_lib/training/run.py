@@ -173,7 +173,7 @@ class Run:
             torch.manual_seed(step_seed(self.config.seed, step, rank))  # for dropout
             yield step, blocks, batch
             bar.update()
-            bar.set_postfix(self._step_log.postfix)
+            bar.set_postfix(self._step_log.postfix, refresh=False)
             if self._stopped_by:
                 break
         self._progress.close()
@@ -232,8 +232,9 @@ class Run:
             DivergedError: the weights or the optimizer states of the processes differ.
             UserError: too many steps in a row overflow fp16.
         """
+        self._nonfinite.check_overflows(self.step + 1)
         self._set_step(self.step + 1)
-        self._nonfinite.check_overflows(self.step)
+        self._saving.report()  # the background saves that have ended
         if self.step == self._first_step + 1:
             self._timeout.first_step_done()
             self._write_run_json()
@@ -258,11 +259,11 @@ class Run:
         """Returns whether a checkpoint is due: by `--checkpoint-every`, or because the run was asked to stop."""
         return bool(self._stopped_by) or self._is_step_due(self.config.checkpoint_every)
 
-    def save(self, learning_rate: float) -> None:
+    def save(self, next_learning_rate: float) -> None:
         """Saves a checkpoint on each machine that keeps them.
 
         Args:
-            learning_rate: of the next step.
+            next_learning_rate: of the next step; state.json records it.
 
         Raises:
             UserError: the run was asked to stop, and no machine could save.
@@ -270,7 +271,7 @@ class Run:
         scaler = self.accelerator.scaler
         state = describe_state(self._session, self.inputs, self.step, scaler.state_dict() if scaler else None)
         evaluated_at, results = self._evaluated
-        state["learning_rate"] = learning_rate
+        state["learning_rate"] = next_learning_rate
         state["eval_loss"] = results["eval_loss"] if evaluated_at == self.step else None
         with self.pause("saving"):
             write = self._saving.save_last if self._stopped_by else self._saving.save
@@ -331,7 +332,7 @@ class Run:
         if self._stopped_by:
             self.peers.release_launchers()
         self._stop.done()
-        self._optimizers = self._step_log = None
+        self._optimizers = self._step_log = self._totals = self._wait_for_totals = None
         self.accelerator.free_memory()
         self.accelerator.end_training()
         if self._stopped_by:

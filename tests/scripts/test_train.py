@@ -278,6 +278,17 @@ def test_a_compiled_model_keeps_the_trajectory_and_its_names(train, trained):
     )
 
 
+def test_a_background_save_is_reported_long_before_the_next_one(start, tmp_path):
+    """Step 100 is saved, and step 120 sleeps: the row is there, although the next save is far away."""
+    words = [sys.executable, "scripts/train.py", *FLAGS, "--max-steps", "150", "--checkpoint-every", "100"]
+    faults = json.dumps([{"do": "sleep", "at": "computing", "step": 120, "seconds": 20}])
+    words[1] = "tests/faults/faulty.py"
+    running = start([*words, "--output-dir", tmp_path / "run"], prefix=["env", f"FAULTS={faults}"])
+    wait_for_step(tmp_path / "run", 119)
+    assert [row["step"] for row in rows(tmp_path / "run", "event")] == [100]
+    running.kill()
+
+
 def test_samples_and_checkpoints_are_events_of_the_log(train):
     folder, ended = train(
         *FLAGS, "--max-steps", "2", "--sample-every", "1", "--checkpoint-every", "2", "--sample-prompt", "The"
