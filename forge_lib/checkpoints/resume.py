@@ -153,11 +153,11 @@ def _expected_shapes(optimizers: list[torch.optim.Optimizer], values: dict[str, 
         for number, optimizer in enumerate(optimizers)
         for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"])
         if f"{number}/{index}" in present
-        for key, shape in _state_shapes(optimizer, tuple(p.shape)).items()
+        for key, shape in state_shapes(optimizer, tuple(p.shape)).items()
     }
 
 
-def _state_shapes(optimizer: torch.optim.Optimizer, shape: tuple) -> dict[str, tuple]:
+def state_shapes(optimizer: torch.optim.Optimizer, shape: tuple) -> dict[str, tuple]:
     """Returns the shapes of an optimizer's tensors for a parameter of this shape, by key."""
     if isinstance(optimizer, torch.optim.Muon):
         return {"momentum_buffer": shape}

@@ -19,6 +19,7 @@ from torch import nn
 from forge_lib.checkpoints import format as checkpoint
 from forge_lib.checkpoints import retention, surviving
 from forge_lib.checkpoints.format import Tensors
+from forge_lib.checkpoints.resume import state_shapes
 
 NICENESS = 10  # of the writing thread: it uses the time that training leaves, and a tenth of a core if there is none
 
@@ -63,6 +64,9 @@ class Saver:
         """
         for optimizer in optimizers:
             unwrapped = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+            state_shapes(
+                unwrapped, (1,)
+            )  # fails now, not at the next start, for an optimizer that `load` does not know
             unwrapped.register_step_pre_hook(lambda *_: self.wait_for_copy())
 
     def save(self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict) -> None:

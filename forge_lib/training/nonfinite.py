@@ -28,7 +28,8 @@ class NonFiniteSteps:
     ) -> bool:
         """Returns whether a step's loss and gradient are finite; if not, logs where. Call on all processes.
 
-        With fp16 an infinite gradient of a finite loss is an overflow, which the gradient scaler handles.
+        With fp16 an infinite gradient of a finite loss is an overflow: the optimizer may be called, since the gradient
+        scaler makes it skip the step and then scales the loss less.
 
         Args:
             step: completed optimizer steps, including this one.
@@ -37,11 +38,13 @@ class NonFiniteSteps:
             blocks: this process's share of the batch.
 
         Raises:
-            UserError: not finite, and `--on-nonfinite stop` is set or too many steps were skipped in a row.
+            UserError: not finite, and `--on-nonfinite stop` is set or too many steps were skipped in a row; or too
+                many steps in a row overflowed.
         """
         scaler = self._accelerator.scaler
         if math.isfinite(mean_loss) and (math.isfinite(grad_norm) or scaler):
             self._skipped = 0
+            self._count_overflow(step, math.isfinite(grad_norm))
             return True
         self._skipped += 1
         where = self._find(losses, blocks)
@@ -56,6 +59,13 @@ class NonFiniteSteps:
             scaler.update()
         return False
 
+    def _count_overflow(self, step: int, is_gradient_finite: bool) -> None:
+        self._overflows = 0 if is_gradient_finite else self._overflows + 1
+        if self._overflows > MAX_OVERFLOWS:
+            raise UserError(
+                f"step {step}: {self._overflows} steps in a row overflow fp16; use --mixed-precision bf16 or no"
+            )
+
     def _find(self, losses: list[torch.Tensor], blocks: list[int]) -> str:
         """Returns which processes and blocks have a loss that is not finite. Call on all processes."""
         size = self._config.micro_batch_size
@@ -68,13 +78,3 @@ class NonFiniteSteps:
         found = [(rank, theirs) for rank, theirs in enumerate(gather_object([bad])) if theirs]
         where = "; ".join(f"process {rank}, samples {theirs}" for rank, theirs in found)
         return where or "not in the loss, but in the gradient"
-
-    def check_overflows(self, step: int) -> None:
-        """Counts the steps that the gradient scaler skipped; raises UserError after too many in a row."""
-        if self._skipped:
-            return
-        self._overflows = self._overflows + 1 if self._accelerator.optimizer_step_was_skipped else 0
-        if self._overflows > MAX_OVERFLOWS:
-            raise UserError(
-                f"step {step}: {self._overflows} steps in a row overflow fp16; use --mixed-precision bf16 or no"
-            )

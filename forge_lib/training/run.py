@@ -100,6 +100,8 @@ class Run:
         check_world(self._world, accelerator.num_processes)
         logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
         self.accelerator, self.inputs = accelerator, load_inputs(self._session)
+        if self.inputs.eval_dataset and self.config.eval_every:
+            import forge_lib.training.metrics  # noqa: F401 (slow, or broken: now rather than at the first evaluation)
         return self.inputs
 
     def resume(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -216,7 +218,8 @@ class Run:
         """Returns whether the step may change the weights: its loss and gradient are finite. If not, logs where.
 
         Raises:
-            UserError: not finite, and `--on-nonfinite stop` is set or too many steps were skipped in a row.
+            UserError: not finite, and `--on-nonfinite stop` is set or too many steps were skipped in a row; or too
+                many steps in a row overflowed fp16.
         """
         return self._nonfinite.is_finite(self.step + 1, mean_loss, grad_norm, self._losses, self._share)
 
@@ -230,9 +233,7 @@ class Run:
 
         Raises:
             DivergedError: the weights or the optimizer states of the processes differ.
-            UserError: too many steps in a row overflow fp16.
         """
-        self._nonfinite.check_overflows(self.step + 1)
         self._set_step(self.step + 1)
         self._saving.report()  # the background saves that have ended
         if self.step == self._first_step + 1:

@@ -190,3 +190,9 @@ def test_a_folder_that_was_deleted_is_created_again(tmp_path):
         saver.wait()
         assert find(saver.folder).step == done
         shutil.rmtree(tmp_path / "run")
+
+
+def test_an_optimizer_whose_state_cannot_be_resumed_is_refused_before_it_trains(tmp_path):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(AssertionError, match="unknown state of SGD: add it here"):
+        Saver(tmp_path, keep=1).attach([optimizer])
