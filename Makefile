@@ -1,13 +1,13 @@
 # make demo: train the bundled model on the bundled text. make test: checks and tests. Both set up .venv first.
-# make faults: the long tests of what a run survives; make networks: those of what check_cluster.py finds. make soak
-# MINUTES=60: random faults for so long, one SEED. make forecast: what check_cluster.py forecasts, against train.py.
+# make faults: the long tests of what a run survives. make networks: the long tests of check_cluster.py.
+# make soak MINUTES=60 SEED=1: random faults for 60 minutes. make forecast: compares check_cluster.py with train.py.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 QUICK := not faults and not networks
 SOURCES := forge_lib scripts tests data docs
-# Python compiles what is imported, once; compiling all that is installed takes a minute longer.
+# Python compiles each module at its first import; compiling everything at installation takes a minute longer.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 

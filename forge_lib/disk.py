@@ -1,7 +1,7 @@
 """Crash-safe folders: written under a temporary name, flushed, renamed; so a folder is complete, or it does not exist.
 
 A folder is written as `.partial-NAME` beside NAME, and renamed once all of it is on the disk. An existing NAME is
-`.replaced-NAME` for that moment; if the power fails just then, `restore` renames it back.
+renamed to `.replaced-NAME` meanwhile; if the power fails just then, `restore` renames it back.
 """
 
 import hashlib

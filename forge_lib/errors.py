@@ -8,7 +8,7 @@ EXIT_USER_ERROR, EXIT_PEER_LOST, EXIT_DIVERGED = 2, 3, 4
 
 
 class UserError(Exception):
-    """A mistake of the user: the message says what was found, what was expected, and which flag or key fixes it."""
+    """A mistake of the user: the message states what was found, what was expected, and which flag or key fixes it."""
 
 
 class PeerLostError(RuntimeError):
@@ -20,10 +20,10 @@ class DivergedError(RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop, by a signal or by a file, on one of the machines; the message says by which."""
+    """The run was asked to stop, by a signal or by a file, on one of the machines; the message names it."""
 
 
-# How one process names the kind of an error to the others.
+# The names of errors in the messages between processes.
 KINDS = {"user": UserError, "lost": PeerLostError, "diverged": DivergedError, "stopped": Stopped}
 
 

@@ -1,4 +1,4 @@
-"""This process among others: its rank, its parent, the signals it receives, its output, and how it ends others."""
+"""This process: its rank, its parent, the signals it receives, its output; and how it ends other processes."""
 
 import contextlib
 import ctypes
@@ -181,8 +181,8 @@ class StopSignals:
 def ignore_output_errors() -> Iterator[None]:
     """Inside the `with` block, a failed write to stdout or stderr loses the text and raises nothing.
 
-    A closed terminal, a pipe without a reader or a full disk would otherwise end a run before it is saved: Ctrl-C ends
-    the `tee` that a program writes to before the program itself.
+    A closed terminal, a pipe without a reader or a full disk would otherwise end a run before it is saved: with
+    `| tee log`, Ctrl-C ends `tee` before the program.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_without_errors, before)

@@ -20,14 +20,14 @@ import torch
 import transformers
 
 from forge_lib import disk
-from forge_lib.checkpoints.resume import find, load
+from forge_lib.checkpoints.restore import find, load
 from forge_lib.checkpoints.saver import Saver
 from forge_lib.config import ModelNameConfig, RangeChecked, TrainConfig, flag
 from forge_lib.distributed.reporting import report_errors
 from forge_lib.flags import parse_config
 from forge_lib.models.loss import loss_sum
 from forge_lib.models.optimizers import build_optimizers
-from forge_lib.training.step import peak_memory_bytes
+from forge_lib.training.throughput import peak_memory_bytes
 
 WARM_LOOPS = 6  # training loops until its peak memory no longer rises
 CPU = torch.device("cpu")

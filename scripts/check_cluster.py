@@ -26,12 +26,12 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no C++ stack for a lost
 
 from forge_lib.check.arrival import Arrival, Outcome, Problem
 from forge_lib.check.exchange import Exchange
-from forge_lib.check.facts import MachineSpeed, machine_facts
 from forge_lib.check.forecast import Network, fit_network
 from forge_lib.check.links import describe_failure, measure_links
+from forge_lib.check.machine_facts import MachineSpeed, machine_facts
 from forge_lib.check.recommend import Forecast, Workload, make_forecast
 from forge_lib.check.report import Report, describe
-from forge_lib.check.speed import ModelSpeeds, join_speeds, measure_model
+from forge_lib.check.training_speed import ModelSpeeds, join_speeds, measure_model
 from forge_lib.check.workers import Workers, measure_all_reduce
 from forge_lib.cluster.cluster_file import Cluster, Machine, find_machine, read_cluster
 from forge_lib.config import RangeChecked, TrainConfig, flag
@@ -207,7 +207,7 @@ def forecast(
 
 
 def end_together(peers: Peers) -> None:
-    """Waits until all machines have finished. The store ends with the main machine, so that one leaves last."""
+    """Waits until all machines have finished. The store ends with the main machine, so that leaves last."""
     world = peers.world
     peers.barrier("end")
     if world.process_index:

@@ -40,7 +40,7 @@ from forge_lib.process import World
 from forge_lib.training.evaluation import evaluate_model
 
 GROUP_TIMEOUT = timedelta(minutes=10)
-MIN_HALF = 4  # tokens in half of a document; shorter documents are no prompts
+MIN_HALF = 4  # tokens in half of a document; shorter documents are not used as prompts
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             _, stream = split_documents(store.tokens, store.documents, config.eval_fraction, config.seed)
         dataset = BlockDataset(stream, config.sequence_length, config.mask_documents, keep_tail=True)
         if config.metrics:
-            from forge_lib.training.metrics import load_metrics  # slow import
+            from forge_lib.training.evaluation_metrics import load_metrics  # slow import
 
             metrics = load_metrics(config.metrics)
         agreement = compare(config, world, peers, device, model, store)

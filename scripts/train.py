@@ -11,7 +11,7 @@ Two processes on this machine, or the processes of several machines (the same co
     accelerate launch --config_file accelerate_configs/multi_node.yaml scripts/train.py \
         --model-name gpt2 --dataset-path corpus/ --output-dir runs/a
 
-All of these runs have the same losses. Start a stopped run again with the same command to continue it.
+The number of processes does not change the losses. Start a stopped run again with the same command to continue it.
 """
 
 import contextlib
@@ -34,18 +34,18 @@ from forge_lib.training.run import Run
 
 
 def main(config: TrainConfig) -> Path:
-    """Trains as configured, and returns the folder of the final model. Call on all processes.
+    """Trains, and returns the folder of the final model, which the main process writes. Call on all processes.
 
     Raises:
         UserError: a mistake of the user, on any machine.
         PeerLostError, DivergedError: another process is lost, or its weights differ.
-        Stopped: the run was asked to stop; it is saved.
+        Stopped: the run was asked to stop; if it had begun its steps, it is saved.
     """
     with Run(config) as run:  # opens the side channel: an error in this block is reported to all processes
-        accelerator = Accelerator(**run.join())  # as agreed by all processes; locks the run folder
-        inputs = run.load_inputs(accelerator)  # tokenizer, model, data and batch plan
+        accelerator = Accelerator(**run.join())  # join: all processes agree, and lock their run folders
+        inputs = run.load_inputs(accelerator)  # tokenizer, model, data, plan; copied from another machine if missing
         optimizers = build_optimizers(inputs.model, config)
-        run.resume(optimizers)  # opens the logs; loads the newest checkpoint of any machine, if there is one
+        run.resume(optimizers)  # in every run: opens the logs; loads the newest checkpoint of any machine, if any
         train(config, run, accelerator, inputs, optimizers)
         return run.finish()  # here, not in train(): DDP must be freed before its process group
 
@@ -57,7 +57,7 @@ def train(
 
     Args:
         config: every flag.
-        run: the methods for everything that is not mathematics.
+        run: the methods for everything else: random seeds, logs, checkpoints, stop requests.
         accelerator: the processes.
         inputs: model and data.
         optimizers: of `inputs.model`.
@@ -66,18 +66,18 @@ def train(
     learning_rate = learning_rate_schedule(config, inputs.plan.num_steps)
     max_grad_norm = config.max_grad_norm or math.inf  # inf: no clipping
     eval_every = config.eval_every if inputs.eval_dataset else 0
-    run.begin(model, optimizers)  # restores the fp16 scaler, and fixes the order of DDP's buckets
-    if run.is_due(eval_every):  # before the loop: only in a new run, or in one that is already complete
+    run.begin(model, optimizers)  # run.step, the fp16 scaler, DDP's buckets and its hook for --gradient-compression
+    if run.is_due(eval_every):  # here: in a new run, and in one that is already complete, for its model card
         evaluate(run, model)
 
-    for step, blocks, batch in run.steps():  # from 0; ends early, after a checkpoint, if the run is asked to stop
+    for step, blocks, batch in run.steps():  # from 0 or from the checkpoint's step; ends early if asked to stop
         # 1. Batch. `blocks`, the global batch, depends only on (seed, data, batch size, step); `batch` is this
-        #    process's share of it.
+        #    process's share of it, at least one block.
         num_targets = max(1, inputs.dataset.num_targets(blocks))
         set_learning_rate(optimizers, learning_rate(step))
 
-        # 2. Gradient. The loss is the sum over all tokens of the global batch, divided by their number. DDP averages
-        #    gradients over the processes, so each process multiplies its part by their number.
+        # 2. Gradient. The loss is the sum over the predicted tokens of the global batch, divided by their number. DDP
+        #    averages gradients over the processes, so each process multiplies its part by their number.
         losses = []
         for micro_batch, is_last in run.micro_batches(batch):
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
@@ -87,24 +87,24 @@ def train(
                     run.begin_totals(losses)  # all-reduces the loss and stop requests during the backward pass
                 accelerator.backward(loss * accelerator.num_processes / num_targets)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-        mean_loss = run.total_loss() / num_targets  # over all processes
+        mean_loss = run.total_loss() / num_targets  # over all processes; all learn whether one is asked to stop
 
-        # 3. Update. If not finite, the step is skipped or the run ends (--on-nonfinite). An overflow of fp16 passes:
-        #    the gradient scaler skips it.
-        if run.is_finite(mean_loss, grad_norm):
+        # 3. Update. If not finite, the update is skipped (the step counts) or the run ends (--on-nonfinite). For an
+        #    overflow of fp16, the gradient scaler skips the update.
+        if run.may_update(mean_loss, grad_norm):
             for optimizer in optimizers:
-                optimizer.step()  # a pre-hook waits here if a checkpoint is still copying the weights
+                optimizer.step()  # a hook waits here while a checkpoint still copies the weights (CPU)
         for optimizer in optimizers:
             optimizer.zero_grad()
 
-        # 4. Periodic work.
-        run.step_done(mean_loss, grad_norm, learning_rate(step))  # logs; compares the replicas if that is due
+        # 4. Periodic work: only the save, if asked to stop. The save records the evaluation before it.
+        run.step_done(mean_loss, grad_norm, learning_rate(step))  # adds 1 to run.step; logs; may compare the replicas
         if run.is_due(eval_every):
             evaluate(run, model)
         if run.is_due(config.sample_every):
             write_sample(run, model)
         if run.must_save():
-            run.save(next_learning_rate=learning_rate(step + 1))
+            run.save(next_learning_rate=learning_rate(step + 1))  # in the background, unless asked to stop
 
 
 if __name__ == "__main__":

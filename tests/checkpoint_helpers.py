@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from forge_lib.checkpoints import resume
+from forge_lib.checkpoints import restore
 from forge_lib.checkpoints.saver import Saver
 from forge_lib.config import TrainConfig
 from forge_lib.models.optimizers import build_optimizers
@@ -48,14 +48,14 @@ def write(folder: Path, *steps: int, keep: int = 9, keep_best: bool = False, los
     assert not any(outcome.error for outcome in saver.outcomes())
 
 
-def find(folder: Path, how: str = "auto") -> resume.Found:
-    return resume.find(folder, how, RUN)
+def find(folder: Path, how: str = "auto") -> restore.Found:
+    return restore.find(folder, how, RUN)
 
 
 def load(folder: Path, optimizer: str = "adamw") -> tuple[dict, torch.nn.Module, list[torch.optim.Optimizer]]:
     """Returns state, model and optimizers of the newest checkpoint."""
     model, optimizers = untrained_model(optimizer)
-    return resume.load(find(folder).path, model, optimizers), model, optimizers
+    return restore.load(find(folder).path, model, optimizers), model, optimizers
 
 
 def names(folder: Path) -> list[str]:
@@ -86,5 +86,5 @@ def fork(function: Callable[[], None]) -> int:
 
 
 def run_forked(function: Callable[[], None]) -> None:
-    """Runs a function in a forked process, which has its own limits and mounts; fails if it fails."""
+    """Runs a function in a forked process, which has its own limits and mounts; fails if the function fails."""
     assert os.waitpid(fork(function), 0)[1] == 0

@@ -65,7 +65,7 @@ class Running:
         return Finished(code, self.log.read_text(), time.monotonic() - self.begun)
 
     def kill(self) -> None:
-        """Kills the command and all its descendants, also those that a launcher started in a session of their own."""
+        """Kills the command and all its descendants, also those that a launcher started in their own session."""
         if self.process.poll() is None:
             kill_process_tree(psutil.Process(self.process.pid))
             self.process.wait()

@@ -19,7 +19,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
-    """Gives the tests a home folder of their own, without the user's caches and accelerate configuration."""
+    """Gives the tests their own home folder, without the user's caches and accelerate configuration."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder))
@@ -88,7 +88,7 @@ def run(start):
 
 @pytest.fixture
 def train(run, tmp_path):
-    """Runs scripts/train.py behind the words of `launcher`; returns (its run folder, how it ended)."""
+    """Runs scripts/train.py with the command `launcher`; returns (its run folder, how it ended)."""
 
     def train(*flags, launcher: tuple = (sys.executable,), folder: str = "run", **options) -> tuple[Path, Finished]:
         words = [*launcher, "scripts/train.py", *flags, "--output-dir", tmp_path / folder]
@@ -131,7 +131,7 @@ def hosts():
 
 @pytest.fixture
 def table() -> FaultTable:
-    """The table in which tests of faults note what happened; pytest prints it at the end."""
+    """The table in which tests of faults record what happened; pytest prints it at the end."""
     return FAULTS
 
 

@@ -1,4 +1,4 @@
-"""A small disk of its own for a test. Needs root."""
+"""A small separate disk for a test. Needs root."""
 
 import contextlib
 import subprocess

@@ -36,14 +36,14 @@ class Hosts:
 
     @staticmethod
     def _wait_for_namespace(holder: subprocess.Popen) -> None:
-        """Waits until the process is in a network namespace of its own."""
+        """Waits until the process is in its own network namespace."""
         own = os.readlink("/proc/self/ns/net")
         end = time.monotonic() + 5
         while os.readlink(f"/proc/{holder.pid}/ns/net") == own and time.monotonic() < end:
             time.sleep(0.01)
 
     def on(self, n: int) -> list[str]:
-        """Returns the words that run the command behind them on machine n; 0 is the switch."""
+        """Returns the words that run the command after them on machine n; 0 is the switch."""
         return ["nsenter", "-t", str(self._holders[n].pid), "-n"]
 
     def call(self, n: int, command: str) -> str:

@@ -19,7 +19,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def read_lock(folder: Path) -> dict:
-    """Returns what run.lock holds during training (host, pid, step); empty before the run has written it."""
+    """Returns what run.lock contains during training (host, pid, step); empty before the run has written it."""
     try:
         return json.loads((folder / "run.lock").read_text())
     except (OSError, ValueError):

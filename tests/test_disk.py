@@ -17,7 +17,7 @@ class PowerCut(BaseException):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder of two files, and the partial folder that shall replace it."""
+    """A folder of two files, and the partial folder that will replace it."""
     for path, text in ((tmp_path / "folder", "old"), (tmp_path / ".partial-folder", "new")):
         path.mkdir()
         (path / "a").write_text(text)

@@ -13,8 +13,8 @@ from forge_lib.errors import EXIT_DIVERGED, EXIT_PEER_LOST, EXIT_USER_ERROR
 PAGE = (ROOT / "docs" / "faults.md").read_text()
 VALUE = "\0"  # stands for a value in a message of the code; the page writes `…`
 
-# How a text in the code becomes part of a message: as an argument of one of these, as an item that is appended to one
-# of these lists, as the value of one of these variables, or as what a function returns whose name begins so.
+# How a text in the code becomes part of a message: as an argument of one of these calls, an item appended to one of
+# these lists, the value of one of these variables, or the return value of a function with one of these prefixes.
 ERRORS = {"UserError", "UnavailableError", "PeerLostError", "DivergedError", "Stopped", "LinkError", "ValueError"}
 CALLS = ERRORS | {"Problem", "Outcome", "_error", "_lost", "lost_processes", "lost_main_machine", "Verdict"}
 CALLS |= {"print_message", "warning", "error"}  # the last two of a logger
@@ -26,7 +26,7 @@ FUNCTIONS += ("describe_failure", "_reason", "warn", "public_address_warning")
 NOT_ERRORS = {
     "Trained with P2P-LLM-Forge, data-parallel, with HuggingFace Accelerate.",  # of the model card
     "the main machine",  # a value in several messages
-    "not a message of this program",  # of these three, a user sees `another program … answers at`
+    "not a message of this program",  # for these three, a user sees `another program … answers at`
     "a message of another form",
     "nested too deeply",
 }

@@ -1,6 +1,7 @@
 """The structure that CONTRIBUTING.md promises: imports go one way, and files and functions stay small."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,3 +101,9 @@ def test_each_folder_of_the_library_says_in_one_sentence_what_it_is_for():
     for folder in [path for path in LIBRARY.iterdir() if path.is_dir() and path.name != "__pycache__"]:
         tree = ast.parse((folder / "__init__.py").read_text())
         assert len(tree.body) == 1 and ast.get_docstring(tree).endswith("."), folder
+
+
+def test_the_page_how_it_works_names_each_file_of_the_library_once():
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    named = re.findall(r"`(\w+\.py)`", page[page.index("| Topic |") :])
+    assert sorted(named) == sorted(path.name for path in LIBRARY.rglob("*.py") if path.name != "__init__.py")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from forge_lib.check.exchange import FRESH_SECONDS, Exchange
-from forge_lib.check.facts import MachineFacts, Record, find_differences
+from forge_lib.check.machine_facts import MachineFacts, Record, find_differences
 
 POLL_SECONDS = 0.1
 STEADY_SECONDS = 1.0  # lines are printed once they have not changed for this time
@@ -24,8 +24,8 @@ class Problem:
     Attributes:
         machine: where to look.
         text: a sentence that names the machines.
-        kind: "missing" (a machine) and "way" (a link fails) may disappear by themselves, with a "clock" the check
-            continues, "fatal" ends it.
+        kind: "missing" (a machine) and "way" (a link fails) may disappear by themselves; "clock" does not stop the
+            check; "fatal" ends it.
     """
 
     machine: str
@@ -38,7 +38,7 @@ class Outcome:
     """How the arrival of the machines ended.
 
     Attributes:
-        complete: whether all machines are up without a problem, except of clocks; the same on all machines.
+        complete: whether all machines are up, with no problem except clocks; the same on all machines.
         problems: sorted.
         facts: of the machines, by name.
         clocks: by how many seconds the clock of each machine is ahead of the main machine's.
@@ -51,7 +51,7 @@ class Outcome:
 
 
 class Arrival:
-    """Waits for the machines of a cluster, as one of them sees the others in an exchange of records."""
+    """Waits on one machine of a cluster until all are up, using the records that the machines exchange."""
 
     def __init__(self, exchange: Exchange):
         self.exchange = exchange
@@ -89,10 +89,10 @@ class Arrival:
             time.sleep(POLL_SECONDS)
 
     def leave(self, mistake: str = "") -> None:
-        """Tells the others that this machine ends the check, and why; then they end it too.
+        """Reports to the others that this machine ends the check, and why; then they end it too.
 
-        Waits for seconds until they know. Machines are rarely started at the same time, so a mistake is also told to
-        machines that start within these seconds.
+        Waits up to some seconds until they have received it. Machines are rarely started at the same time, so a
+        mistake is also sent to machines that start meanwhile.
         """
         self.exchange.leave(mistake)
         left_at = time.monotonic()
@@ -185,9 +185,9 @@ class Arrival:
         return continues
 
     def _is_decision_known(self) -> bool:
-        """Returns whether the main machine knows that all others continue, and they know that it knows.
+        """Returns whether the decision has reached the other machines, or some seconds have passed.
 
-        After some seconds, this machine no longer waits for them.
+        The main machine checks that all others continue; the others check that the main machine has received that.
         """
         exchange = self.exchange
         if time.monotonic() - self._continued_at > FRESH_SECONDS:

@@ -1,10 +1,9 @@
 """Exchanges records between the machines of a check, over TCP, before any launcher runs.
 
 Every machine listens on the cluster's port and sends a message to each other machine about once a second; the receiver
-answers with a message of its own. A message contains all records that its sender knows. So each machine learns what
-the others see, even of a machine that it cannot reach itself. Messages are JSON of a fixed form and a limited size.
-Whoever reaches the port can disturb the check, as they could disturb a run; nothing from a message is executed or
-written to a file.
+answers with its own message. A message contains all records that its sender knows. So each machine learns what the
+others see, even of a machine that it cannot reach itself. Messages are JSON of a fixed form and a limited size. Anyone
+who can reach the port can disturb the check, and a run too; nothing from a message is executed or written to a file.
 """
 
 import dataclasses
@@ -22,18 +21,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from forge_lib.check.facts import PROTOCOL, Message, Record, parse_message
+from forge_lib.check.machine_facts import PROTOCOL, Message, Record, parse_message
 from forge_lib.cluster.cluster_file import own_addresses
 from forge_lib.distributed.network import route_address
 from forge_lib.errors import explain_connection_error
 
 ASK_SECONDS = 1.0  # pause between two messages to the same machine
-CONNECT_SECONDS = 4.0  # longer than the 3 s after which the kernel reports that nobody has an address
+CONNECT_SECONDS = 4.0  # longer than the 3 s after which the kernel reports that no machine has an address
 ANSWER_SECONDS = 4.0
 FRESH_SECONDS = 8.0  # a machine whose record has not changed for this time is missing
 SETTLE_SECONDS = 3.0  # for this time after a restart, other machines may still pass on the old record
 NUM_CLOCK_SAMPLES = 5
-MAX_CLOCK_SAMPLE_SECONDS = 2.0  # a slower answer says too little about the other clock
+MAX_CLOCK_SAMPLE_SECONDS = 2.0  # a slower answer measures the other clock too inaccurately
 MAX_MESSAGE_BYTES = 1 << 20
 
 
@@ -47,7 +46,7 @@ class Received:
 
 
 class Exchange:
-    """The exchange of records, as one machine takes part in it; use it as a context manager.
+    """One machine's part in the exchange of records; use it as a context manager.
 
     Args:
         name: of this machine.
@@ -90,7 +89,7 @@ class Exchange:
             self._own = dataclasses.replace(self._own, **fields)
 
     def leave(self, mistake: str) -> None:
-        """Tells the others that this machine ends the check, and because of which mistake, if there is one."""
+        """Reports to the others that this machine ends the check, and the mistake that caused it, if any."""
         with self._lock:
             mistakes = [*self._own.mistakes, mistake] if mistake else self._own.mistakes
             self._own = dataclasses.replace(self._own, mistakes=mistakes, has_left=True)
@@ -262,7 +261,7 @@ class Exchange:
         return "" if sender == other else f"{sender} answers at {self.addresses[other]}: correct cluster.yaml"
 
     def _explain(self, other: str, error: OSError, seconds: float) -> str:
-        """Returns why no connection to another machine was possible after so many seconds."""
+        """Returns why the connection to another machine failed after `seconds`."""
         address, is_up = self.addresses[other], other in self.records()
         if isinstance(error, socket.gaierror):
             return f"{address} does not resolve on {self.name}"
@@ -279,7 +278,7 @@ class Exchange:
             return f"no route to {address}"
         if error.errno != errno.EHOSTUNREACH:
             return f"{address}: {error.strerror or error}"
-        # The kernel asks for three seconds who has an address; a quick answer comes from a firewall.
+        # The kernel searches for three seconds for a machine with this address; a faster error comes from a firewall.
         if seconds < 1:
             but = ", but the check runs there" if is_up else ""
             return f"port {self.port} is rejected{but}: a firewall between them prohibits the connection"

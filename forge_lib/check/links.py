@@ -21,7 +21,7 @@ CHUNK_BYTES = 1 << 18
 
 
 class LinkError(OSError):
-    """A link between two machines does not work; the message says how it fails."""
+    """A link between two machines does not work; the message describes the failure."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Link:
 
 @dataclass
 class MeasuredLinks:
-    """What one machine measured at its end of its links, which the machines send each other."""
+    """What one machine measured at its end of its links; the machines send this to each other."""
 
     links: list[Link] = field(default_factory=list)
 

@@ -17,7 +17,7 @@ from forge_lib.config import TrainConfig
 
 NUMBERS_OF_MACHINES = (2, 4, 8, 16, 32, 64)
 GAIN = 1.1  # a flag is recommended if it makes a step faster by this factor
-NETWORK_FRACTION = 0.2  # a note is due if the network takes more of a step
+NETWORK_FRACTION = 0.2  # a note is added if the network takes a larger part of a step
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Forecast:
 
     Attributes:
         here: for the machines of the cluster, with the given flags.
-        such_machines: by number of machines like them; None if the batch is too small for so many.
+        such_machines: by number of machines like these; None if the batch is too small for that many.
         sync_every: steps between two averagings.
         flags: recommended flags of scripts/train.py.
         with_flags: for the machines of the cluster with these flags.

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from forge_lib.check.arrival import Problem
-from forge_lib.check.facts import MachineFacts, MachineSpeed
 from forge_lib.check.links import Link
+from forge_lib.check.machine_facts import MachineFacts, MachineSpeed
 from forge_lib.check.recommend import Forecast
 from forge_lib.cluster.cluster_file import Cluster
 from forge_lib.config import TrainConfig

@@ -34,7 +34,7 @@ Prepare = Callable[..., Callable[[], T]]  # receives a Place and further argumen
 
 @dataclass(frozen=True)
 class Place:
-    """What one worker needs to know; it is sent to the worker.
+    """The settings that one worker receives.
 
     Attributes:
         world: the processes of the run, and this one's rank among them.
@@ -115,7 +115,7 @@ class Workers:
 
 
 def _start_worker(barrier: Barrier) -> None:
-    """Keeps what can only be sent to a process when it starts, and ends this process with the check."""
+    """Stores the barrier, which can only be passed to a new process, and ends this process when the check ends."""
     global _barrier
     _barrier = barrier
     die_with_parent(signal.SIGKILL)

@@ -134,7 +134,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def in_thread(function: Callable[[], T]) -> "Future[T]":
-    """Runs a function in a new thread; Python waits for it at exit, when a ThreadPoolExecutor accepts no more work."""
+    """Runs a function in a new thread. Python waits for it at exit; a ThreadPoolExecutor accepts no work then."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -19,9 +19,9 @@ from torch import nn
 from forge_lib.checkpoints import format as checkpoint
 from forge_lib.checkpoints import retention, surviving
 from forge_lib.checkpoints.format import Tensors
-from forge_lib.checkpoints.resume import state_shapes
+from forge_lib.checkpoints.restore import state_shapes
 
-NICENESS = 10  # of the writing thread: it uses the time that training leaves, and a tenth of a core if there is none
+NICENESS = 10  # of the writing thread: it uses the time that training leaves, or a tenth of a core if that is none
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Saver:
             folder: the run's `checkpoints` folder, created by the first save. No other process may write there.
             keep: number of checkpoints to keep, at least 1: the newest up to the one just written.
             keep_best: also keeps the one with the lowest `eval_loss` in its state.
-            background: `save` returns while a thread writes; else it returns when all is on the disk.
+            background: `save` returns while a thread writes; else it returns when everything is on the disk.
         """
         self.folder, self.keep, self.keep_best, self.background = folder, keep, keep_best, background
         self.last_step = -1  # of the newest checkpoint that this saver has written
@@ -57,7 +57,7 @@ class Saver:
         self._outcomes: deque[Outcome] = deque()
 
     def attach(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Makes each optimizer's `step` wait until a running save has copied the weights; the loop calls nothing.
+        """Makes each optimizer's `step` wait until a running save has copied the weights; the loop needs no call.
 
         Args:
             optimizers: as passed to `save`; prepared by accelerate, or not yet.
@@ -74,7 +74,7 @@ class Saver:
 
         In the background the tensors are copied first. On a CPU, a forward and backward pass can run meanwhile
         (CheckFreq, Mohan et al., FAST 2021); `attach` keeps optimizers from changing the tensors too early. On a GPU
-        this method waits for the copy: behind it in the GPU's queue there may be an all-reduce that never ends.
+        this method waits for the copy: an all-reduce that never ends may follow it in the GPU's queue.
 
         Args:
             step: number of optimizer steps done.
@@ -141,9 +141,9 @@ class Saver:
             problem = f"its tensors could not be copied in memory: {error}"
             self._report(Outcome(step, None, problem, time.monotonic() - start))
             return
-        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        if sys.platform == "linux":  # elsewhere a thread cannot have its own priority
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        self._report(self._write(step, tensors, text, start, parallel=False))  # a second core may be training's
+        self._report(self._write(step, tensors, text, start, parallel=False))  # training may need a second core
 
     def _write(self, step: int, tensors: Tensors, text: bytes, start: float, parallel: bool = True) -> Outcome:
         path, error = None, ""

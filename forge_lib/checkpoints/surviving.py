@@ -41,7 +41,7 @@ def _run_child(function: Callable[[], bytes], writing: int) -> NoReturn:
             os.dup2(null, standard)
         for descriptor in map(int, os.listdir("/dev/fd")):
             with suppress(OSError):
-                # with a socket or pipe open here, its other end would not notice that the parent has died
+                # the other end of an open socket or pipe would not notice that the parent has died
                 mode = os.fstat(descriptor).st_mode
                 if descriptor != writing and (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
                     os.close(descriptor)

@@ -35,7 +35,7 @@ def verify(path: Path) -> str | None:
 
 
 def read_manifest_and_state(path: Path) -> tuple[dict, dict]:
-    """Reads the two JSON files of a checkpoint and checks all except the tensors' hashes.
+    """Reads the two JSON files of a checkpoint and checks everything except the tensors' hashes.
 
     Raises:
         one of DAMAGE: something is wrong with the checkpoint.
@@ -131,7 +131,7 @@ def _parse(name: str, text: bytes) -> dict:
 
 
 def _size(path: Path) -> int:
-    """Returns the bytes of a regular file; raises ValueError if it is missing, or a link or something else."""
+    """Returns the size of a regular file in bytes; raises ValueError if it is missing, or a link or something else."""
     try:
         status = path.lstat()
     except FileNotFoundError:

@@ -49,7 +49,7 @@ def _quoted(text: str) -> str:
 
 
 def find_config_mistakes(path: Path) -> list[str]:
-    """Returns what is wrong with an accelerate YAML, such as the wizard writes, for a run of this project.
+    """Returns what is wrong in an accelerate YAML, such as one of its wizard, for a run of this project.
 
     Each line names the keys, and what they should be.
 
@@ -82,7 +82,7 @@ def find_config_mistakes(path: Path) -> list[str]:
 
 
 def _check_types(keys: dict[str, Any], config: "BaseConfig") -> list[str]:
-    """Checks what the other checks rely on."""
+    """Checks the types that the other checks rely on."""
     if keys.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
         return [f"compute_environment is {keys['compute_environment']}, expected LOCAL_MACHINE"]
     mistakes = [

@@ -120,7 +120,7 @@ def read_cluster(path: Path) -> Cluster:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's loader, but with an error for a key that occurs twice; PyYAML silently takes the last one."""
+    """PyYAML's loader, but with an error for a key that occurs twice; PyYAML silently uses the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]

@@ -47,7 +47,7 @@ def _check_machine(machine: "Machine") -> list[str]:
 
 
 def _check_differences(machines: "list[Machine]") -> list[str]:
-    """Checks that names, addresses and ranks are those of one machine each."""
+    """Checks that no two machines share a name, an address or a rank."""
     mistakes = []
     for what, values in (
         ("name", [machine.name.lower() for machine in machines]),

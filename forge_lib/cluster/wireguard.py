@@ -1,4 +1,4 @@
-"""WireGuard: a private network between machines that untrusted networks connect, and a firewall for a run's ports."""
+"""WireGuard: a private network over untrusted networks, and a firewall for a run's ports."""
 
 import base64
 import ipaddress

@@ -89,7 +89,7 @@ def _read_text(path: Path, errors: str, advance: Callable[[int], None]) -> Itera
 
 def _split(blocks: Iterable[str], sample_by: str) -> Iterator[Piece]:
     """Splits the text of one file into documents: the file, its paragraphs (between blank lines) or its lines."""
-    rest, has_begun = "", False  # text that no piece has yet; whether its document has earlier pieces
+    rest, has_begun = "", False  # text not yet in a piece; whether its document has earlier pieces
     for block in blocks:
         rest += block
         if sample_by != "document":
@@ -120,7 +120,7 @@ def _read_column(path: Path | None, kind: str, config: DataConfig) -> Iterator[P
                     yield text, True
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError, *_damage_errors()) as error:
         if path and kind != "parquet" and config.encoding_errors == "strict":
-            for _ in _read_text(path, "strict", lambda num_bytes: None):  # names the byte, if that is the reason
+            for _ in _read_text(path, "strict", lambda num_bytes: None):  # raises an error that names the byte, if any
                 pass
         raise UserError(f"{where}: not readable as {kind}: {error.__cause__ or error}") from None
 
@@ -153,7 +153,7 @@ def _decompress(path: Path) -> Iterator[Path]:
 
 
 def _get_text(record: dict[str, Any], number: int, where: str, column: str) -> str:
-    """Returns the text of a record, "" if it has none but white space; raises UserError if it is no text."""
+    """Returns the text of a record, "" if it has none but white space; raises UserError if it is not text."""
     if column not in record:
         columns = ", ".join(map(repr, record))
         raise UserError(f"{where}: no column {column!r}; it has {columns}: name one of them with --text-column")

@@ -88,7 +88,7 @@ def is_store(path: str | Path) -> bool:
 
 
 def stores_folder() -> Path:
-    """Returns the folder of stores for which the user named none: it is in the cache of `datasets`.
+    """Returns the folder of stores if the user named none: it is in the cache of `datasets`.
 
     The path follows from the environment by the rules of `datasets`, which would be slow to import.
     """
@@ -137,7 +137,7 @@ def open_store(folder: str | Path) -> TokenStore:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads a manifest without trust: afterwards, each value that the program uses has the right type."""
+    """Reads an untrusted manifest: afterwards, each value that the program uses has the right type."""
     path = folder / "manifest.json"
     try:
         if not path.is_file() or path.stat().st_size > MANIFEST_BYTES:

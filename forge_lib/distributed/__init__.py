@@ -1,1 +1,1 @@
-"""What the processes of a run tell each other, and what they do when one of them fails."""
+"""What the processes of a run send each other, and what they do when one of them fails."""

@@ -50,7 +50,7 @@ def agree(processes: list[ProcessFacts], config: WorldConfig) -> Agreement:
 
 
 def _compare_versions_and_flags(processes: list[ProcessFacts]) -> list[str]:
-    """Returns the harmless differences from process 0; raises UserError for all others together."""
+    """Returns the harmless differences from process 0; raises one UserError for all other differences."""
     errors, warnings = [], []
     main = processes[0]
     for rank, process in enumerate(processes):

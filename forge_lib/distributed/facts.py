@@ -22,7 +22,7 @@ LOCAL_FIELDS = {"dataset_path", "eval_dataset_path", "output_dir", "model_name",
 
 @dataclass(frozen=True)
 class ProcessFacts:
-    """What one process tells the others about itself. run.json lists these fields, except `config`, under `world`.
+    """What one process sends the others about itself. run.json lists these fields, except `config`, under `world`.
 
     Attributes:
         host: the machine's hostname.
@@ -65,7 +65,7 @@ class ProcessFacts:
 
 @dataclass(frozen=True)
 class InputFacts:
-    """What one process tells the others about the model and the data that it has loaded.
+    """What one process sends the others about the model and the data that it has loaded.
 
     Attributes:
         host: the machine's hostname.
@@ -128,7 +128,7 @@ def versions() -> dict[str, str]:
 
 
 def differing_versions(ours: dict[str, str], theirs: dict[str, str]) -> dict[str, bool]:
-    """Returns the libraries whose versions differ, each with whether a run works nevertheless.
+    """Returns, for each library whose versions differ, whether a run works nevertheless.
 
     A run works if only the part after the minor version differs. Local suffixes ("+cpu") are ignored.
     """

@@ -79,7 +79,7 @@ class Heartbeat:
         return any(thread.is_alive() for thread in self._threads)
 
     def open_store(self) -> dist.Store:
-        """Opens a new connection to the store; it may take longer to answer than a process may be silent."""
+        """Opens a new connection to the store, with a longer time limit for answers than for heartbeats."""
         return open_store(self._process.world, 2 * self._timeout_seconds + OPEN_SECONDS)
 
     def reporter(self) -> Reporter:
@@ -136,7 +136,7 @@ class Heartbeat:
                 return
 
     def _find_lost(self, now: float, last_look: float) -> Verdict | None:
-        """Returns the verdict on who has been silent for too long, if any process has."""
+        """Returns the verdict if a process, this one included, was silent for too long; else None."""
         limit, reporter = self._timeout_seconds, self.reporter()
         reason = f"silent for {limit:g} s"
         if now - last_look > limit:

@@ -54,7 +54,7 @@ class Holder:
 
 
 class RunLock:
-    """The lock on a run folder; the kernel releases it when the process that holds it ends, in whatever way.
+    """The lock on a run folder; the kernel releases it when the process that holds it ends, for any reason.
 
     The file run.lock names the holder and, for the launcher, the step of the run. Use it as a context manager.
 
@@ -78,7 +78,7 @@ class RunLock:
             self.held = False
 
     def acquire(self, run_id: str) -> None:
-        """Acquires the lock, unless another machine of the same run holds it: the folder is on a disk that they share.
+        """Acquires the lock, unless another machine of the same run holds it, because both share the disk.
 
         If the holder is dead, but its last save is still being written, this waits for it.
 

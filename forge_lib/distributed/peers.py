@@ -27,7 +27,7 @@ from forge_lib.process import World
 POLL_SECONDS = 0.1
 WAIT_LINE_SECONDS = 10
 START_SECONDS = 180  # all processes start at about the same time
-HANG_SECONDS = 3600  # the longest wait at a barrier for a process that lives
+HANG_SECONDS = 3600  # the longest wait at a barrier for a process that is alive
 SETTLE_SECONDS = 3  # after a failed collective: a process without a heartbeat in this time is the one that is lost
 EXIT_SECONDS = 5  # the longest wait of a process that leaves for the others
 CONNECT_SECONDS = 2
@@ -114,7 +114,7 @@ class Peers:
         Args:
             facts: an instance of a dataclass whose fields are of JSON types; the same class on all processes.
             name: identifies this call; use each name once.
-            limit_seconds: a process that lives, but has not called this by then, is lost.
+            limit_seconds: a process that is alive, but has not called this by then, is lost.
 
         Raises:
             UserError: another process sent a dataclass of other fields.
@@ -135,7 +135,7 @@ class Peers:
     def barrier(self, name: str) -> float:
         """Waits until all processes have called this with the same name; returns the seconds that it waited.
 
-        For waits that may be long: they end only if a process is lost or keeps the others waiting for an hour.
+        Use it for long waits: it fails only if a process is lost or keeps the others waiting for an hour.
 
         Raises:
             UserError, PeerLostError, DivergedError, Stopped: another process failed or is lost.
@@ -242,7 +242,7 @@ class Peers:
         return heartbeat.verdict.as_error()
 
     def _explain_failed_collective(self, error: BaseException, failed: float) -> Verdict:
-        """Returns who is lost after a collective failed at a moment of `time.monotonic`, SETTLE_SECONDS ago."""
+        """Returns the verdict on a collective that failed SETTLE_SECONDS ago, at `failed` (`time.monotonic`)."""
         heartbeat, reporter = self._heartbeat, self._heartbeat.reporter()
         if heartbeat.answered < failed:
             return reporter.lost_main_machine("it does not answer")

@@ -38,7 +38,7 @@ def report_errors(program: str) -> Iterator[None]:
     else:
         if _has_stuck_thread():
             _end(0)
-        gc.freeze()  # spares the interpreter's last collections, about a second with transformers' classes loaded
+        gc.freeze()  # skips the last garbage collections: about a second with transformers' classes loaded
         return
     prefix = "" if isinstance(error, Stopped) else "error: "
     print(f"{program}: {prefix}{error}", file=sys.stderr, flush=True)
@@ -78,7 +78,7 @@ def _end(code: int) -> None:
     sys.exit(code)
 
 
-# Without torch, this process has neither; importing it only to learn that would take seconds.
+# Without torch, this process has no group and no such thread; importing torch to check would take seconds.
 
 
 def _has_process_group() -> bool:

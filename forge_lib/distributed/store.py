@@ -11,7 +11,7 @@ from forge_lib.errors import UserError, first_line
 from forge_lib.process import World
 
 OPEN_SECONDS = 30  # the launcher has opened its store before it starts a process
-VERDICT_KEY = "error"  # unchanged since the first version: a machine with an older one must understand that it ends
+VERDICT_KEY = "error"  # the same in all versions: a machine with an older one must read it and end
 
 
 def open_store(world: World, answer_seconds: float) -> dist.Store:

@@ -2,7 +2,7 @@
 
 A receiver collects the files in `.partial-NAME` beside the folder, which is renamed once every file has its sha256. In
 each round, every receiver reports how many bytes of each file it holds, and the sender streams the rest to all that
-lack it, until nobody lacks anything. A file with a wrong hash counts as not held. Only the sender and its receivers
+lack it, until nothing is missing. A file with a wrong hash counts as not held. Only the sender and its receivers
 take part, with point-to-point messages: other processes can do something else meanwhile.
 """
 
@@ -52,8 +52,8 @@ def send(
         progress: receives a text about the progress, at most four times a second.
 
     Raises:
-        UserError: a file is not as in `files` or changes meanwhile, or a receiver refuses the files or never gets the
-            right hashes. The other receivers were served first, and the group remains usable.
+        UserError: a file differs from `files` or changes meanwhile, or a receiver refuses the files or never gets the
+            right hashes. The other receivers get their files first, and the group remains usable.
         RuntimeError: a receiver is lost, or silent for longer than the group's timeout.
     """
     meter = ProgressMeter(f"sending {folder.name} to {', '.join(receivers.values())}", progress)
@@ -146,7 +146,7 @@ def receive(
     """Receives files from a process that calls `send`, and creates a folder with them: complete, or not at all.
 
     It keeps what an earlier call received of the same files, and replaces an existing folder. Lines on stderr give the
-    size, the progress and at last the rate.
+    size, the progress and finally the rate.
 
     Args:
         folder: path of the new folder.
@@ -171,7 +171,7 @@ def receive(
 
 
 class _Receiver:
-    """The receiving side of one transfer; its methods are called in their order."""
+    """The receiving side of one transfer; call its methods in the order of their definition."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class _Receiver:
 
     @contextmanager
     def _refusing_on_error(self) -> Iterator[None]:
-        """Tells the sender that this machine refuses the files if a UserError or an OSError is raised inside."""
+        """Reports to the sender that this machine refuses the files, if a UserError or an OSError is raised inside."""
         try:
             with disk_errors_as_user_errors(self.folder):
                 yield

@@ -126,7 +126,7 @@ class PartialFile:
         on_hashed: called with the number of bytes after each block of the existing part that was hashed.
 
     Attributes:
-        num_held: bytes that are here. All of them only if the sha256 is right; if it is wrong, 0.
+        num_held: bytes of it that are here. A complete file with a wrong sha256 counts as 0.
     """
 
     def __init__(self, path: Path, facts: FileFacts, on_hashed: Callable[[int], None]):

@@ -46,8 +46,8 @@ class Verdict:
         kind: a key of `errors.KINDS`.
         rank: the process that reports it; -1 for a launcher.
         text: the message of the error, on all processes but the one that failed.
-        host: set by a launcher that starts again while processes of its failed attempt may still be waited for: the
-            name of its machine.
+        host: name of the machine of a launcher that starts again, while others may still wait for its failed
+            processes; else empty.
     """
 
     kind: str

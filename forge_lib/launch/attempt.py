@@ -69,7 +69,7 @@ def run_attempt(rendezvous: Rendezvous, supervisor: int) -> None:
 
 
 def _detach(supervisor: int) -> None:
-    """Moves this process to a session of its own: the terminal's signals go only to the supervisor. Dies with it."""
+    """Moves this process to its own session, away from the terminal's signals; it is killed if the supervisor dies."""
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

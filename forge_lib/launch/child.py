@@ -73,7 +73,7 @@ class Child:
             print_message("stopping: all machines finish the step and save; Ctrl-C again ends at once")
         if self._asked and not any(map(is_running, self._asked)):
             self._workers_ended_at = self._workers_ended_at or now
-            if now - self._workers_ended_at > BARRIER_SECONDS:  # a launcher that has already ended never answers
+            if now - self._workers_ended_at > BARRIER_SECONDS:  # another machine's launcher may have ended already
                 return 0
         if now > self._stop_deadline:
             limit = f"--grace-seconds {grace_seconds:g} and {MARGIN_SECONDS} s"
@@ -82,7 +82,7 @@ class Child:
         return None
 
     def kill(self) -> None:
-        """Kills the process and all its descendants, including those that live on in sessions of their own."""
+        """Kills the process and all its descendants, including those that live on in their own sessions."""
         if self.is_alive():
             psutil.Process(self.process.pid).suspend()  # so that it starts no more processes
         self._list_descendants()

@@ -20,13 +20,13 @@ import psutil
 from forge_lib.launch.messages import END, print_message
 from forge_lib.process import die_with_parent, kill_process_tree, shell_exit_code
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # with which the guard passes on requests
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the guard passes on requests with these
 POLL_SECONDS = 0.25
 END_SECONDS = 5  # how long p2p-llm-forge may take to end its processes itself
 
 
 def serve(argv: list[str]) -> int:
-    """Runs p2p-llm-forge, obeys the requests on stdin, and returns the exit code. None of its processes is left.
+    """Runs p2p-llm-forge, obeys the requests on stdin, and returns the exit code. Then none of its processes is left.
 
     Args:
         argv: how many seconds p2p-llm-forge may take to stop, then its flags.
@@ -70,7 +70,7 @@ def _forward(output: int) -> bool:
 
 
 def _launch(flags: list[str], output: int, guard: int) -> None:
-    """Becomes p2p-llm-forge, which stops if the guard dies."""
+    """Runs p2p-llm-forge in this process; it stops if the guard dies."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -1,4 +1,4 @@
-"""Checks which machines are there, over the main machine's port, before any launcher starts.
+"""Checks which machines are up, over the main machine's port, before any launcher starts.
 
 It names at once a missing machine, a machine number that is used twice, a port in use and a machine that cannot be
 reached. accelerate's launcher would wait for ten minutes without a message.
@@ -55,7 +55,7 @@ class Rendezvous:
         config: of this machine.
         machine_id: of its supervisor.
         hosts: host names by machine number, from the previous attempt; messages name them.
-        keep_trying: whether a missing machine is waited for until the deadline, because restarts are allowed. If not,
+        keep_trying: whether to wait for a missing machine until the deadline, because restarts are allowed. If not,
             a main machine that cannot be reached is a user mistake after REACH_SECONDS.
         deadline: of time.monotonic(), for keep_trying.
         pipe: to the supervisor.
@@ -136,7 +136,7 @@ class Rendezvous:
         store.call(lambda whole: store_verdict(keys_of_attempt(whole, 0), verdict))
 
     def _register(self, store: RendezvousStore) -> None:
-        """Takes this machine's number.
+        """Registers this machine under its number.
 
         Raises:
             UserError: another machine has it, or the machines disagree about --num-nodes; all machines raise this.
@@ -201,7 +201,7 @@ def report_to_main_machine(config: ForgeConfig, mistake: UserError) -> UserError
         store = RendezvousStore(config, open_seconds=3)
         store.wait(["node/0"], 3)
     except (UserError, dist.DistError, OSError):
-        return mistake  # whatever is at that address, it is not a rendezvous
+        return mistake  # the program at that address is not a rendezvous
     mistake = UserError(f"two machines were started as --node-rank 0: {mistake}")
     store.report_mistake(str(mistake))
     return mistake

@@ -90,7 +90,7 @@ class RendezvousStore:
         time.sleep(READ_SECONDS)
 
     def call(self, operation: Callable[[dist.Store], T]) -> T:
-        """Returns what an operation on the whole store returns, which also has the keys of the launchers."""
+        """Returns the result of an operation on the whole store, which also has the launchers' keys."""
         return self._ask(operation, self._whole_store)
 
     @staticmethod
@@ -99,7 +99,7 @@ class RendezvousStore:
 
 
 def _with_timeout(operation: Callable[[], T], seconds: float) -> T:
-    """Returns what an operation returns, or raises TimeoutError.
+    """Returns the result of an operation, or raises TimeoutError.
 
     The operation runs in a thread that may never end: torch waits forever for a link that falls silent, and for a
     program that accepts the connection but never answers.

@@ -114,7 +114,7 @@ def choose_code(codes: list[int]) -> int:
     """Returns the exit code of the run: that of the machine which caused the end.
 
     A user mistake (2) comes first, then a run that diverged (4), then any other failure. A lost process or connection
-    (3) comes after those: it is what the machines report that did not fail themselves.
+    (3) comes after those: machines that did not fail themselves report it.
     """
     codes = [EXIT_PEER_LOST if code == SSH_FAILED else code for code in codes]
     first, last = [EXIT_USER_ERROR, EXIT_DIVERGED], [EXIT_PEER_LOST, INTERRUPTED, 0]
@@ -134,7 +134,7 @@ class MachineCommand:
         self.machine, self.code, self.has_output = machine, None, False
         self._prefix, self._lock = f"{machine.name:{name_width}} | ".encode(), lock
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        # A session of its own: it gets Ctrl-C only as a request from here, and ssh cannot ask for a password.
+        # In its own session: Ctrl-C reaches it only as a request from here, and ssh cannot ask for a password.
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=self._errors, start_new_session=True)
         self._thread = threading.Thread(target=self._show_output, daemon=True)
@@ -178,7 +178,7 @@ class MachineCommand:
 
 
 def last_state(line: bytes) -> bytes:
-    """Returns what a terminal shows of a line in the end: the text after the last carriage return."""
+    """Returns what a terminal finally shows of a line: the text after the last carriage return."""
     return line.rstrip(b"\r\n").rsplit(b"\r", 1)[-1]
 
 

@@ -27,7 +27,7 @@ STATUS_SECONDS = 5  # between two lines about the machines that this one waits f
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 60.0
 RENDEZVOUS_PAUSE = 2.0  # between two rendezvous of one attempt
-SAME_FAILURES = 3  # so many equal failures in a row end the run
+SAME_FAILURES = 3  # this many equal failures in a row end the run
 TERMINATED = 128 + signal.SIGTERM
 
 

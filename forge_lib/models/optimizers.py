@@ -16,8 +16,8 @@ MIN_RATE_FACTOR = 0.1  # the final learning rate of cosine_with_min_lr, as a fra
 def build_optimizers(model: nn.Module, config: OptimizationConfig) -> list[torch.optim.Optimizer]:
     """Returns the optimizers of the trainable parameters: one or, for Muon, Muon and AdamW.
 
-    Only matrices decay, not biases, norms and other vectors. Muon updates the matrices between the embeddings and the
-    output layer; its updates are scaled to the size of AdamW's, so that both use one learning rate.
+    Weight decay applies to matrices, not to biases, norms and other vectors. Muon updates the matrices between the
+    embeddings and the output layer; its updates are scaled to the size of AdamW's, so that both use one learning rate.
 
     Raises:
         UserError: Muon, and the model has no such matrix.
@@ -29,6 +29,7 @@ def build_optimizers(model: nn.Module, config: OptimizationConfig) -> list[torch
         return [torch.optim.Adafactor(_groups(matrices, vectors, config.weight_decay), lr=config.learning_rate)]
     if config.optimizer == "adamw":
         return [_adamw(matrices, vectors, config)]
+    assert config.optimizer == "muon", f"build_optimizers lacks {config.optimizer}"
     outer = _find_outer_parameters(model)
     hidden = [parameter for parameter in matrices if id(parameter) not in outer and parameter.ndim == 2]
     others = [parameter for parameter in matrices if id(parameter) in outer or parameter.ndim != 2]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from forge_lib.models.generation import generate_text
 from forge_lib.models.loss import evaluation_sums
 from forge_lib.training.run import Run
-from forge_lib.training.step import sum_dtype
+from forge_lib.training.totals import sum_dtype
 
 logger = logging.getLogger("forge")
 
@@ -38,7 +38,7 @@ def evaluate_model(
         tokens_per_byte: tokens of the data per UTF-8 byte of it.
         barrier: waits for the other processes before the sums are gathered; it may take up to an hour.
     """
-    from forge_lib.training.metrics import compute_metrics  # evaluate and datasets: seconds of imports
+    from forge_lib.training.evaluation_metrics import compute_metrics  # evaluate and datasets: seconds of imports
 
     was_training = model.training
     model = accelerator.unwrap_model(model)

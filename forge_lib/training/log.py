@@ -11,6 +11,7 @@ from accelerate.tracking import get_available_trackers
 
 from forge_lib.config import TrainConfig
 from forge_lib.data.batches import BatchPlan
+from forge_lib.disk import partial_path
 from forge_lib.errors import UserError
 
 logger = logging.getLogger("forge")
@@ -63,7 +64,9 @@ def check_trackers(report_to: str) -> list[str]:
 def write_run_json(folder: Path, content: dict) -> None:
     """Writes run.json, which describes the run for people and programs. Call on the main process."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    (folder / "run.json").write_text(text, encoding="utf-8")
+    path = folder / "run.json"
+    partial_path(path).write_text(text, encoding="utf-8")
+    partial_path(path).replace(path)  # a reader never finds half of it
 
 
 def describe_batches(config: TrainConfig, plan: BatchPlan, shares: list[int]) -> str:

@@ -23,7 +23,7 @@ class NonFiniteSteps:
         self._config, self._accelerator, self._log = config, accelerator, log
         self._skipped = self._overflows = 0  # steps in a row
 
-    def is_finite(
+    def may_update(
         self, step: int, mean_loss: float, grad_norm: float, losses: list[torch.Tensor], blocks: list[int]
     ) -> bool:
         """Returns whether a step's loss and gradient are finite; if not, logs where. Call on all processes.

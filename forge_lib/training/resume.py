@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from forge_lib.checkpoints import resume as checkpoints
+from forge_lib.checkpoints import restore
 from forge_lib.checkpoints.format import step_path
 from forge_lib.checkpoints.retention import sweep
 from forge_lib.errors import UserError
@@ -57,12 +57,12 @@ def resume(session: Session, inputs: Inputs, optimizers: list[torch.optim.Optimi
             f"{best.path} is at step {best.step}, but the run ends at step {inputs.plan.num_steps}; raise "
             "--max-steps or --epochs, or name another --output-dir"
         )
-    state = checkpoints.load(held or target, inputs.model, optimizers)
+    state = restore.load(held or target, inputs.model, optimizers)
     session.peers.barrier("checkpoint, loaded")
     if session.lock.held and config.resume != "auto":  # the named checkpoint becomes the newest of this run
-        set_aside = checkpoints.set_aside(folder, best.step)
+        set_aside = restore.set_aside(folder, best.step)
         lines += [f"{name}, which is newer than {best.path}, was renamed" for name in set_aside]
-        checkpoints.adopt(held or target, folder, best.step)
+        restore.adopt(held or target, folder, best.step)
     return state, lines + warn_about_dropout(config.dropout, state)
 
 
@@ -73,7 +73,7 @@ def find_own(session: Session, inputs: Inputs) -> FoundCheckpoint:
         return FoundCheckpoint(-1, "", "", [], [])
     if session.lock.held:
         lines += sweep(folder)
-    found = checkpoints.find(folder, session.config.resume, inputs.identity)
+    found = restore.find(folder, session.config.resume, inputs.identity)
     lines = [f"{session.peers.host}: {line}" for line in (*lines, *found.skipped)]
     if not found.path:
         return FoundCheckpoint(-1, "", "", lines, found.foreign)

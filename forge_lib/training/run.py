@@ -3,13 +3,12 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
@@ -33,11 +32,11 @@ from forge_lib.training.log import MetricsLog, check_trackers, describe_batches,
 from forge_lib.training.nonfinite import NonFiniteSteps
 from forge_lib.training.resume import resume
 from forge_lib.training.saving import Saving
-from forge_lib.training.session import join
-from forge_lib.training.state import changed_settings, describe_run, describe_state
-from forge_lib.training.step import step_seed, sum_dtype
+from forge_lib.training.session import Session, join
+from forge_lib.training.state import changed_settings, describe_run, describe_state, step_seed
 from forge_lib.training.step_log import StepLog
 from forge_lib.training.stop import StopRequest
+from forge_lib.training.totals import StepTotals
 
 logger = logging.getLogger("forge")
 
@@ -52,6 +51,31 @@ class Run:
         accelerator, inputs: set by `load_inputs`.
         log: metrics.jsonl, written by the main process.
     """
+
+    # Set by __enter__
+    peers: Peers
+    _world: World
+    _stop: StopRequest
+    _lock: RunLock
+    # Set by join
+    _trackers: list[str]
+    _shares: list[int]  # of the global batch, by rank
+    _session: Session
+    # Set by load_inputs
+    accelerator: Accelerator
+    inputs: Inputs
+    # Set by resume
+    log: MetricsLog
+    _state: dict | None  # state.json of the checkpoint from which the run continues
+    _timeout: GroupTimeout
+    # Set by begin
+    _optimizers: list[AcceleratedOptimizer]
+    _nonfinite: NonFiniteSteps
+    _step_log: StepLog
+    _first_step: int
+    # Set in each step
+    _share: np.ndarray  # this process's block indices
+    _totals: StepTotals
 
     def __init__(self, config: TrainConfig):
         self.config, self.step = config, 0
@@ -101,7 +125,7 @@ class Run:
         logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
         self.accelerator, self.inputs = accelerator, load_inputs(self._session)
         if self.inputs.eval_dataset and self.config.eval_every:
-            import forge_lib.training.metrics  # noqa: F401 (slow, or broken: now rather than at the first evaluation)
+            import forge_lib.training.evaluation_metrics  # noqa: F401 (slow, or broken: now rather than at the first evaluation)
         return self.inputs
 
     def resume(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -197,31 +221,25 @@ class Run:
         reason = self._stop.reason()
         if reason:
             self.peers.set_first("stop", reason)
-        self._losses, dtype = losses, sum_dtype(self.accelerator.device)
-        loss = torch.stack(losses).sum().to(dtype)
-        self._totals = torch.stack([loss, losses[0].new_tensor(bool(reason), dtype=dtype)])
-        self._wait_for_totals: Callable[[], object] = lambda: None
-        if self.accelerator.num_processes > 1:
-            self._wait_for_totals = dist.all_reduce(self._totals, async_op=True).wait
+        self._totals = StepTotals(losses, must_stop=bool(reason))
 
     def total_loss(self) -> float:
         """Returns the loss sum over all processes, in nats, once `begin_totals` is complete."""
-        self._wait_for_totals()
-        total, num_stopping = self._totals.tolist()  # equal on all processes
+        total, num_stopping = self._totals.wait()
         if num_stopping:
             self._stopped_by = self.peers.get_first("stop")
             self._stop.set_time_limit(self.config.grace_seconds)
             logger.info(f"stopping after step {self.step + 1}: {self._stopped_by}")
         return total
 
-    def is_finite(self, mean_loss: float, grad_norm: float) -> bool:
+    def may_update(self, mean_loss: float, grad_norm: float) -> bool:
         """Returns whether the step may change the weights: its loss and gradient are finite. If not, logs where.
 
         Raises:
             UserError: not finite, and `--on-nonfinite stop` is set or too many steps were skipped in a row; or too
                 many steps in a row overflowed fp16.
         """
-        return self._nonfinite.is_finite(self.step + 1, mean_loss, grad_norm, self._losses, self._share)
+        return self._nonfinite.may_update(self.step + 1, mean_loss, grad_norm, self._totals.losses, self._share)
 
     def step_done(self, loss: float, grad_norm: float, learning_rate: float) -> None:
         """Records a completed step, logs it if it is due, and compares the replicas if that is due.
@@ -333,7 +351,7 @@ class Run:
         if self._stopped_by:
             self.peers.release_launchers()
         self._stop.done()
-        self._optimizers = self._step_log = self._totals = self._wait_for_totals = None
+        self._optimizers = self._step_log = self._totals = None  # the last owners of DDP and of an all-reduce
         self.accelerator.free_memory()
         self.accelerator.end_training()
         if self._stopped_by:

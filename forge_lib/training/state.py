@@ -1,12 +1,24 @@
-"""What a checkpoint's state.json and the run folder's run.json contain."""
+"""What state.json of a checkpoint and run.json of a run folder contain, and the random seed of a step."""
 
 import dataclasses
+
+import numpy as np
 
 from forge_lib.config import flag_name
 from forge_lib.training.inputs import Inputs
 from forge_lib.training.session import Session
 
-STEP_SEED = "numpy SeedSequence((seed, step, process_index))"  # how training/step.py derives a step's random seed
+STEP_SEED = "numpy SeedSequence((seed, step, process_index))"  # state.json records how `step_seed` works
+
+
+def step_seed(seed: int, step: int, process_index: int) -> int:
+    """Returns the seed of torch's random generator (for dropout) in one step of one process, from 0 to 2^63 - 1.
+
+    numpy's SeedSequence hashes the three numbers: its result is documented to stay the same on all platforms and
+    versions.
+    """
+    sequence = np.random.SeedSequence((seed % (1 << 64), step, process_index))
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def warn_about_dropout(dropout: float, state: dict) -> list[str]:

@@ -9,17 +9,13 @@ from accelerate.utils import gather
 from torch import nn
 
 from forge_lib.config import TrainConfig
+from forge_lib.training.anomalies import SpikeDetector, find_straggler
 from forge_lib.training.gradient_sync import GradientSync
 from forge_lib.training.inputs import Inputs
 from forge_lib.training.log import MetricsLog
 from forge_lib.training.session import Session
-from forge_lib.training.step import (
-    SpikeDetector,
-    Throughput,
-    find_straggler,
-    peak_memory_bytes,
-    sum_dtype,
-)
+from forge_lib.training.throughput import Throughput, peak_memory_bytes
+from forge_lib.training.totals import sum_dtype
 
 logger = logging.getLogger("forge")
 
@@ -78,7 +74,8 @@ class StepLog:
         self._log_spike(step, loss)
         if not is_due:
             return
-        peak_memory = self._gather_peak_memory(step)
+        peak_memory, own_seconds = self._gather_figures()
+        self._log_straggler(step, own_seconds)
         tokens_per_second, mfu = self._throughput.pop()
         row = {
             "step": step,
@@ -105,20 +102,22 @@ class StepLog:
             f"lr {learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s"
         )
 
-    def _gather_peak_memory(self, step: int) -> int:
-        """Returns the largest peak memory of any process, in bytes; logs a straggler. Call on all processes."""
+    def _gather_figures(self) -> tuple[int, list[float]]:
+        """Returns the largest peak memory of any process, in bytes, and the seconds that each computed, by rank."""
         device = self.accelerator.device
         mine = [peak_memory_bytes(device), self._own_seconds]
         everyones = gather(torch.tensor([mine], dtype=sum_dtype(device), device=device)).cpu()
         self._own_seconds = 0.0
-        if straggler := find_straggler(everyones[:, 1].tolist()):
+        return int(everyones[:, 0].max()), everyones[:, 1].tolist()
+
+    def _log_straggler(self, step: int, seconds: list[float]) -> None:
+        if straggler := find_straggler(seconds):
             host = self.session.hosts[straggler.process]
             logger.warning(
                 f"step {step}: the others wait for process {straggler.process} on {host}, which takes "
                 f"{straggler.ratio:.1f} times as long; give it less with --shares"
             )
             self.log.write(step=step, event="straggler", process=straggler.process, host=host, ratio=straggler.ratio)
-        return int(everyones[:, 0].max())
 
     def _log_spike(self, step: int, loss: float) -> None:
         usual = self._spikes.usual_loss(loss)

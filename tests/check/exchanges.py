@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from forge_lib.check.arrival import Arrival
 from forge_lib.check.exchange import Exchange
-from forge_lib.check.facts import MachineFacts
+from forge_lib.check.machine_facts import MachineFacts
 from forge_lib.distributed.facts import versions
 
 ADDRESSES = {"alice": "127.0.1.1", "bob": "127.0.1.2", "carol": "127.0.1.3"}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from forge_lib.check import exchange
 from forge_lib.check.exchange import Exchange
-from forge_lib.check.facts import PROTOCOL
+from forge_lib.check.machine_facts import PROTOCOL
 
 
 def message(*records, time: float = 0.0) -> bytes:

@@ -6,9 +6,9 @@ import pytest
 from exchanges import facts_of
 
 from forge_lib.check.arrival import Problem
-from forge_lib.check.facts import MachineSpeed
 from forge_lib.check.forecast import Network, Speed
 from forge_lib.check.links import Link
+from forge_lib.check.machine_facts import MachineSpeed
 from forge_lib.check.recommend import Workload, make_forecast
 from forge_lib.check.report import Report, describe
 from forge_lib.cluster.cluster_file import Cluster, Machine

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoint_helpers import FILES, RUN, find, load, names, number, snapshot, step, trained_model, write
 
-from forge_lib.checkpoints import resume
+from forge_lib.checkpoints import restore
 from forge_lib.checkpoints.saver import Saver
 from forge_lib.errors import UserError
 
@@ -67,7 +67,7 @@ def test_another_model_is_refused_by_name_and_shape(tmp_path, sizes, message):
     with pytest.raises(
         UserError, match=rf"model\.safetensors does not fit the model: {message}. Keep the --model-name"
     ):
-        resume.load(find(tmp_path).path, model, [torch.optim.AdamW(model.parameters())])
+        restore.load(find(tmp_path).path, model, [torch.optim.AdamW(model.parameters())])
 
 
 def test_another_optimizer_is_refused(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from checkpoint_helpers import FILES, RUN, find, fork, load, names, number, trained_model, untrained_model, write
 
 from forge_lib.checkpoints import format as checkpoint
-from forge_lib.checkpoints import resume
+from forge_lib.checkpoints import restore
 from forge_lib.checkpoints.retention import sweep
 from forge_lib.checkpoints.saver import Saver
 from forge_lib.checkpoints.verify import verify
@@ -23,7 +23,7 @@ from forge_lib.checkpoints.verify import verify
 
 @pytest.fixture
 def memory_folder(tmp_path) -> Iterator[Path]:
-    """A folder in memory if there is one: what a killed process has written does not depend on the disk."""
+    """A folder in memory if possible: a killed process loses nothing that it has written, as on a disk."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
         yield Path(folder)
@@ -91,7 +91,7 @@ def test_a_save_killed_at_any_file_operation_loses_nothing(memory_folder):
 
 
 class Saving:
-    """A process that saves one checkpoint after the other into a folder; it starts with the newest step again."""
+    """A process that saves one checkpoint after the other into a folder, starting with the newest step."""
 
     def __init__(self, folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]):
         self.folder, self.model, self.optimizers, self.newest = folder, model, optimizers, 0
@@ -139,17 +139,17 @@ def test_processes_killed_at_random_moments_of_their_saves_lose_nothing(memory_f
             saving.start()
         for saving in pair:
             assert os.read(saving.reading, 1) == b"."
-        time.sleep(draw.uniform(0, time.monotonic() - start))  # until some moment of the saves after the first
+        time.sleep(draw.uniform(0, time.monotonic() - start))  # until a random moment after the first save
         for saving in pair:
             saving.kill()
         num_torn += sum(saving.check() for saving in pair)
     assert num_torn > 5
     for saving in pair:
-        resume.load(find(saving.folder).path, model, optimizers)
+        restore.load(find(saving.folder).path, model, optimizers)
 
 
 def test_all_is_on_the_disk_before_a_checkpoint_gets_its_name(tmp_path, monkeypatch):
-    """Nothing is renamed or deleted while a power cut could still destroy its successor."""
+    """Nothing is renamed or deleted before its replacement is flushed."""
     write(tmp_path, 1, 2)
     events = []
     fsync, rename = os.fsync, os.rename

@@ -1,4 +1,4 @@
-"""A background save holds the state at its call; a failed save costs one checkpoint and does not end the run."""
+"""A background save contains the state at its call; a failed save costs one checkpoint and does not end the run."""
 
 import copy
 import ctypes
@@ -21,7 +21,7 @@ from forge_lib.checkpoints.saver import Saver, copy_tensors
 
 
 def delay_the_copy(monkeypatch, seconds: float = 0.2) -> None:
-    """Makes the copy in memory start only after so many seconds; the tensors must not change before."""
+    """Makes the copy in memory start only after `seconds`; the tensors must not change before."""
 
     def slow_copy(*args):
         time.sleep(seconds)
@@ -161,7 +161,7 @@ def test_a_limit_of_file_sizes_costs_one_checkpoint_and_no_more(tmp_path):
 
 
 def saves_around_a_failure(folder: Path, fail: Callable[[bool], None], error: str) -> Callable[[], None]:
-    """Returns a function that saves before, in and after a failure, and checks that only the second save is missing.
+    """Returns a function that saves before, during and after a failure; checks that only the second save is missing.
 
     Args:
         fail: makes the disk fail (True), or repairs it (False).

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forge_lib import disk
-from forge_lib.checkpoints import resume
+from forge_lib.checkpoints import restore
 from forge_lib.checkpoints.verify import verify
 from forge_lib.errors import UserError
 
@@ -219,5 +219,5 @@ def test_a_pickle_is_refused_and_not_executed(folder, tmp_path, file):
     found = find(folder)
     assert found.step == 1 and f"{file} is not a safetensors file" in found.skipped[0]
     with pytest.raises(UserError, match="cannot be loaded"):
-        resume.load(folder / number(2), *untrained_model())
+        restore.load(folder / number(2), *untrained_model())
     assert not (tmp_path / "executed").exists()

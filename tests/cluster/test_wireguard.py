@@ -1,4 +1,4 @@
-"""A run over WireGuard, as make_configs.py sets it up: what it computes, what its link shows, and who reaches it."""
+"""A run over WireGuard, set up by make_configs.py: its losses, the packets on its link, and who reaches its ports."""
 
 import json
 import os
@@ -33,8 +33,8 @@ wireguard: {{subnet: 10.88.0.0/24, port: 51820}}
 """
 TOOLS = ("wg-quick", "wireguard-go", "nft", "tcpdump", "ss")
 STRANGER = 3
-OPEN = 8000  # a port of no run, which the firewall leaves open
-BEGUN, STEPS = 10, 30  # the run is begun on one machine; it is over WireGuard that it goes on
+OPEN = 8000  # a port that no run uses and the firewall leaves open
+BEGUN, STEPS = 10, 30  # one machine trains the first steps alone, both the rest over WireGuard
 FLAGS = [*SHORT, *QUIET, "--max-steps", STEPS, "--checkpoint-every", BEGUN, "--keep-checkpoints", STEPS // BEGUN]
 PIECE = 64  # bytes
 WINDOW = 1 << 24  # of a capture, searched at once
@@ -45,7 +45,7 @@ both = socket.has_dualstack_ipv6()
 listener = socket.create_server(("", {OPEN}), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 signal.pause()
 """
-# Prints which of the [address, port] that its argument lists take a connection.
+# Prints which [address, port] pairs of its argument accept a connection.
 SCAN = """
 import concurrent.futures, json, socket, sys
 
@@ -64,7 +64,7 @@ with concurrent.futures.ThreadPoolExecutor(len(targets)) as pool:
 
 @pytest.fixture
 def machines(hosts, start):
-    """Two machines, and a stranger on the same switch who knows the way to the overlay's addresses."""
+    """Two machines, and a stranger on the same switch who has a route to the overlay's addresses."""
     missing = [tool for tool in TOOLS if not shutil.which(tool)]
     missing += [] if Path("/dev/net/tun").exists() else ["/dev/net/tun"]
     if missing:
@@ -81,7 +81,7 @@ def machines(hosts, start):
 
 
 def daemons() -> list[psutil.Process]:
-    """The living processes of wireguard-go that serve this test."""
+    """The running processes of wireguard-go that serve this test."""
     found = psutil.process_iter(["cmdline"])
     return [each for each in found if {*NAMES} & {*(each.info["cmdline"] or [])} and is_running(each)]
 
@@ -94,14 +94,14 @@ def call(prefix: list[str], *words) -> str:
 
 
 def bring_up(machines: Hosts, folder: Path) -> list[list[str]]:
-    """Makes keys and files on each machine, as the README says, and does what is printed.
+    """Makes keys and files on each machine, as in the README, and runs the printed commands.
 
     Returns:
-        The line that starts the run on each machine.
+        The command that starts the run on each machine.
     """
     (folder / "cluster.yaml").write_text(LAB)
     printed = {}
-    for n in (1, 2, 1):  # at first there is no key of the second machine
+    for n in (1, 2, 1):  # at first the second machine's key is missing
         flags = (folder / "cluster.yaml", "--output-dir", folder / NAMES[n - 1], "--keys", folder / "keys")
         ended = make_configs(*flags, prefix=machines.on(n))
         assert ended.returncode == 0, ended.stderr
@@ -117,7 +117,7 @@ def bring_up(machines: Hosts, folder: Path) -> list[list[str]]:
 
 
 def take_down(machines: Hosts, folder: Path) -> None:
-    """Takes the overlay away, and the firewall with it; nothing of them stays."""
+    """Removes the overlay and its firewall, and checks that nothing remains."""
     for n, name in enumerate(NAMES, 1):
         call(machines.on(n), "wg-quick", "down", folder / name / f"{name}.conf")
         assert not call(machines.on(n), "nft", "list", "ruleset")
@@ -125,21 +125,21 @@ def take_down(machines: Hosts, folder: Path) -> None:
 
 
 def capture(start, prefix: list[str], interface: str, path: Path, *words) -> Running:
-    """Begins to write what passes an interface to a file."""
+    """Starts to write the packets on an interface to a file."""
     running = start(["tcpdump", "-i", interface, "-w", path, "-B", 1 << 16, "-Z", "root", *words], prefix=prefix)
     until(lambda: "listening on" in running.log.read_text(), 10, "tcpdump listens")
     return running
 
 
 def addresses(machines: Hosts, n: int) -> list[str]:
-    """All by which the stranger may reach a machine, the one of its link too, which nobody has given it."""
+    """All addresses by which the stranger may reach a machine, including the link-local one."""
     (link,) = json.loads(call(machines.on(n), "ip", "-json", "address", "show", "e0"))
     own = [f"{one['local']}%e0" for one in link["addr_info"] if one["family"] == "inet6"]
     return [f"10.77.0.{n}", f"10.88.0.{n}", *own]
 
 
 def listening(prefix: list[str]) -> set[int]:
-    """The TCP ports of a machine that somebody listens on."""
+    """The TCP ports on which a machine listens."""
     lines = call(prefix, "ss", "-Htln").splitlines()
     return {int(line.split()[3].rpartition(":")[2]) for line in lines}
 
@@ -150,7 +150,7 @@ def scan(prefix: list[str], targets: Iterable[tuple[str, int]]) -> set[tuple[str
 
 
 def only_machines_reach(machines: Hosts) -> None:
-    """Of all ports that the run listens on, on all addresses of its machines, the stranger reaches none."""
+    """Checks that the stranger reaches no port of the run, at no address, and the machines of the run reach all."""
     ports = {n: listening(machines.on(n)) for n in (1, 2)}
     assert 29500 in ports[1] and all(len(found - {29500, OPEN}) > 0 for found in ports.values()), "gloo's are others"
     targets = {(address, port) for n in (1, 2) for address in addresses(machines, n) for port in ports[n]}
@@ -161,7 +161,7 @@ def only_machines_reach(machines: Hosts) -> None:
 
 
 def train_over_it(machines: Hosts, start, lines: list[list[str]], folders: list[Path]) -> str:
-    """Goes on with a run that the first machine has begun; the second has no data. Returns the first one's output."""
+    """Continues the first machine's run on both; the second has no data. Returns the first one's output."""
     word, running = uuid.uuid4().hex, []
     home = folders[1].parent / "home"
     home.mkdir()
@@ -173,7 +173,7 @@ def train_over_it(machines: Hosts, start, lines: list[list[str]], folders: list[
     wait_for_step(folders[0], BEGUN + 3)
     held = workers(word)
     assert set(held) == {0, 1}, running[0].log.read_text()
-    for worker in held.values():  # so that the run does not end meanwhile; the kernel takes connections for it
+    for worker in held.values():  # so that the run does not end meanwhile; the kernel accepts connections for it
         worker.suspend()
     only_machines_reach(machines)
     for worker in held.values():
@@ -184,7 +184,7 @@ def train_over_it(machines: Hosts, start, lines: list[list[str]], folders: list[
 
 
 def pieces_of(*paths: Path) -> set[bytes]:
-    """Files in pieces of 64 bytes, without those that are one byte again and again."""
+    """Returns the files in pieces of 64 bytes, without pieces that repeat one byte."""
     found = set()
     for content in (path.read_bytes() for path in paths):
         found |= {content[place : place + PIECE] for place in range(0, len(content) - PIECE + 1, PIECE)}
@@ -192,9 +192,9 @@ def pieces_of(*paths: Path) -> set[bytes]:
 
 
 def find(pieces: set[bytes], path: Path) -> set[bytes]:
-    """Returns which of the pieces a file has, wherever they begin."""
+    """Returns the pieces that a file contains, at any offset."""
     heads = np.frombuffer(b"".join(piece[:8] for piece in pieces), np.uint32).reshape(-1, 2) >> 8
-    first, second = np.zeros((2, 1 << 24), bool)  # of three bytes: whether a piece has them there
+    first, second = np.zeros((2, 1 << 24), bool)  # by three bytes: whether a piece has them at this place
     first[heads[:, 0]] = second[heads[:, 1]] = True
     found = set()
     with open(path, "rb") as file:
@@ -209,9 +209,9 @@ def find(pieces: set[bytes], path: Path) -> set[bytes]:
 
 
 def not_wireguard(machines: Hosts, path: Path) -> str:
-    """Lists the packets of a capture that are neither WireGuard's nor by which neighbours find each other.
+    """Lists the packets of a capture that are neither WireGuard's nor neighbour discovery.
 
-    What the stranger sends and gets is left out.
+    The stranger's packets are left out.
     """
     (link,) = json.loads(call(machines.on(STRANGER), "ip", "-json", "link", "show", "e0"))
     neighbours = "arp or icmp6 or (ip6[6] == 0 and ip6[40] == 58)"  # the last: ICMPv6 behind a hop-by-hop header
@@ -224,7 +224,7 @@ def not_wireguard(machines: Hosts, path: Path) -> str:
 @pytest.mark.netns
 @pytest.mark.timeout(240)
 def test_over_wireguard_losses_are_unchanged_and_nobody_else_reads_or_reaches_the_run(machines, start, run, tmp_path):
-    """Token store, checkpoint and gradients travel; inside of the tunnel the same search finds the first two."""
+    """Token store, checkpoint and gradients are sent; the same search finds the first two inside the tunnel."""
     alone, folders = tmp_path / "alone", [tmp_path / name for name in ("run1", "run2")]
     ended = run([sys.executable, "scripts/train.py", *FLAGS, "--output-dir", alone])
     assert ended.code == 0, ended.output

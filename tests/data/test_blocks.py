@@ -74,7 +74,7 @@ class Unreadable:
 def test_the_number_of_targets_is_that_of_the_labels_without_reading_a_token(
     lengths, sequence_length, mask_documents, fraction, data
 ):
-    """Empty documents, which repeat an offset, and streams of several runs included."""
+    """This includes empty documents, which repeat an offset, and streams of several runs."""
     tokens, documents = make_store(lengths)
 
     def make_streams(tokens) -> list[TokenStream]:

@@ -14,7 +14,7 @@ def test_a_permutation_takes_every_place_once(length, key):
 
 
 def test_a_permutation_looks_random():
-    """A shuffle of 10,000 has no more fixed points, and no more correlation with the order, than chance gives."""
+    """A shuffle of 10,000 has no more fixed points, and no more correlation with the order, than by chance."""
     shuffled = permute(np.arange(10_000), 10_000, 1)
     assert (shuffled == np.arange(10_000)).sum() < 8
     assert abs(np.corrcoef(shuffled[:-1], shuffled[1:])[0, 1]) < 0.04

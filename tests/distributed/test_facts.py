@@ -1,4 +1,4 @@
-"""What a process tells the others about itself."""
+"""What a process sends the others about itself."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def test_a_run_works_with_libraries_that_differ_only_after_the_minor_version():
     [(1e9, 0.0, False), (1e11, 1.1e11, False), (1e11, 1.3e11, True)],
 )
 def test_bf16_counts_only_if_a_large_product_is_clearly_faster(monkeypatch, small, large, has_bf16):
-    """fp32 makes 1e11 FLOP/s here. Where a small bf16 product is a hundred times slower, no large one is tried."""
+    """fp32 reaches 1e11 FLOP/s here. If a small bf16 product is a hundred times slower, no large one is tried."""
     speeds = {(torch.bfloat16, 256): small, (torch.bfloat16, 1024): large}
     monkeypatch.setattr(facts, "matmul_flops", lambda device, dtype, size: speeds.pop((dtype, size), 1e11))
     assert measure_flops("cpu") == {"fp32": 1e11, **({"bf16": large} if has_bf16 else {})}

@@ -112,7 +112,7 @@ def test_a_process_that_hangs_in_a_collective_ends_with_the_exit_code_of_a_lost_
 
 
 def test_a_failed_collective_names_the_process_that_hangs(world, monkeypatch):
-    """Bob sends heartbeats and has not left, so it is bob who does not take part."""
+    """Bob sends heartbeats and has not left, so bob is the one that hangs."""
     for module in (peers, heartbeat):
         monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
     stopped = threading.Event()
@@ -140,7 +140,7 @@ def test_the_verdict_of_another_process_is_raised_as_the_error_that_it_was(world
 
 
 def test_sigterm_after_the_mistake_of_another_process_raises_that_mistake():
-    """The launcher sends SIGTERM to the processes that are left when one of them has ended."""
+    """The launcher sends SIGTERM to the remaining processes when one of them has ended."""
     alice = Peers(World(num_processes=2))
     alice._heartbeat.verdict = Verdict("user", 1, "bob (process 1): a wrong flag")
     cause = alice._find_cause(Stopped("SIGTERM before the first step"))

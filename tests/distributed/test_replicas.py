@@ -1,4 +1,4 @@
-"""Which processes have another copy of the model."""
+"""Which processes have a different copy of the model."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ HOSTS = ("alice", "bob", "carol")
 
 @pytest.fixture
 def compare(monkeypatch):
-    """Returns what find_diverged says of tensors by process; the processes take turns in this one."""
+    """Returns the result of find_diverged for the tensors of each process; all run in this one, in turn."""
 
     def run(tensors: list[dict[str, torch.Tensor]], alike: bool) -> str:
         accelerator = SimpleNamespace(num_processes=len(tensors), device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Runs scripts/train.py with injected faults: it replaces parts of forge_lib, which has no test hooks of its own.
+"""Runs scripts/train.py with injected faults: it replaces parts of forge_lib, which has no test hooks.
 
     FAULTS='[{"do": "kill", "at": "computing", "step": 7, "rank": 1}]' \
         accelerate launch --config_file … tests/faults/faulty.py --model-name … --output-dir …
@@ -40,7 +40,7 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTER
 
 
 class Faults:
-    """The faults of this process, and what they need to know about it."""
+    """The faults of this process, and the state that they need."""
 
     def __init__(self, faults: list[dict]):
         self.faults = faults
@@ -147,7 +147,7 @@ def replace_parts(faults: Faults) -> None:
 
 
 def launch(words: list[str]) -> None:
-    """Runs the command p2p-llm-forge over this program."""
+    """Runs p2p-llm-forge with this program instead of train.py."""
     from forge_lib.launch import attempt, command
 
     attempt.SCRIPT = Path(__file__)

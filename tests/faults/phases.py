@@ -10,14 +10,14 @@ from rig import DEATH_SECONDS, PHASES, REACTION_SECONDS, SLOW, TIMEOUT, Rig, in_
 
 
 def start_with_fault_in_each_phase(rig: Rig, do: str, ranks: list[int]) -> list[Running]:
-    """Starts all machines with restarts; the fault `do` hits another attempt, of these ranks, in each phase."""
+    """Starts all machines with restarts; in each phase, the fault `do` hits a different attempt, on these ranks."""
     faults = in_each_phase(rig.folder, "sleep" if do == "cut" else do, ranks, seconds=2)
     flags = ["--timeout-seconds", TIMEOUT, "--eval-every", 10, "--max-restarts", 10]
     return rig.start_all(*flags, faults=[*faults, SLOW])
 
 
 def check_fault_in_each_phase(rig: Rig, do: str, ranks: list[int], table: FaultTable, expected: Path) -> None:
-    """Checks that the others end in time and name the peer, and that the restarted run ends bit for bit.
+    """Checks that the others end in time and name the peer, and that the restarted run has the expected weights.
 
     `do` is a fault of faulty.py that hits `ranks`, or "cut": the link of machine 2 is cut until both sides have ended.
     """

@@ -34,7 +34,7 @@ SLOW = {"do": "sleep", "at": "computing", "seconds": 0.2}
 TIMEOUT = 6  # --timeout-seconds of runs in which a machine falls silent
 DEATH_SECONDS = 6  # until the others notice that a process was killed in a step
 REACTION_SECONDS = 4  # until they notice a silent one, beyond the timeout
-ONE_THREAD = {"OMP_NUM_THREADS": 1}  # another number rounds otherwise; two processes on one machine get this one too
+ONE_THREAD = {"OMP_NUM_THREADS": 1}  # another number rounds differently; two processes on one machine get this one too
 
 # Where a fault happens in a run: its phase -> (the status of the process, the step)
 PHASES = {"start": ("loading the model", None), "step": ("computing", 8), "save": ("writing", 10)}
@@ -71,7 +71,7 @@ class Mark:
 class Rig:
     """Machines 1, 2, … that train one run through faulty.py, each in its own run folder.
 
-    With `hosts` each has a network namespace and a hostname of its own; otherwise all are this machine.
+    With `hosts` each has its own network namespace and hostname; otherwise all run on this machine.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Rig:
         return max((self.run_folder(n) / "checkpoints").glob("step-*"))
 
     def output(self) -> str:
-        """Returns all that all machines have written."""
+        """Returns the output of all machines."""
         return "\n".join(each.log.read_text(errors="replace") for each in self.running)
 
     def workers(self) -> dict[int, psutil.Process]:

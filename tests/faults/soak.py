@@ -157,7 +157,7 @@ class Soak:
     # The whole run, and what it must fulfil
 
     def run(self, minutes: float) -> None:
-        """Injects faults for so many minutes, then waits until the run is complete."""
+        """Injects faults for `minutes`, then waits until the run is complete."""
         begun = time.monotonic()
         self.wait(self.random.uniform(*PAUSE))
         while time.monotonic() - begun < 60 * minutes and not self.is_complete():

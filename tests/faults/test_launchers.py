@@ -17,7 +17,7 @@ pytestmark = pytest.mark.faults
 @pytest.mark.netns
 @pytest.mark.timeout(500)
 def test_a_run_continues_after_a_launcher_is_killed_in_each_phase(make_rig, hosts, table, undisturbed):
-    """With --max-restarts. At the start, in a step, in a save and in an evaluation, each in another attempt."""
+    """With --max-restarts: at the start, in a step, in a save and in an evaluation, each in a different attempt."""
     check_fault_in_each_phase(make_rig(hosts(2)), "kill_launcher", [0, 1, 0, 1], table, undisturbed())
 
 

@@ -30,7 +30,7 @@ def test_a_run_continues_after_a_link_is_cut_in_each_phase(make_rig, hosts, tabl
 def test_a_link_that_is_down_for_five_seconds_only_pauses_the_run(make_rig, hosts, tmp_path, table, undisturbed):
     """| A link is down for a shorter time | One step takes longer | |
 
-    In each phase; a stranger who sends garbage to every port changes nothing either.
+    This happens in each phase; garbage that a stranger sends to every port changes nothing either.
     """
     machines = hosts(3)
     rig = make_rig(machines)
@@ -100,7 +100,7 @@ def test_a_link_cut_after_the_last_barrier_changes_nothing(make_rig, hosts, tabl
 
 @pytest.mark.timeout(300)
 def test_a_flapping_link_causes_few_restarts(make_rig, hosts, table, undisturbed):
-    """Down for 4 s of every 10 s, with a longer timeout."""
+    """The link is down for 4 s of every 10 s; the timeout is longer."""
     machines = hosts(2)
     rig = make_rig(machines)
     running = rig.start_all("--timeout-seconds", 10, "--max-restarts", 5, faults=[{**SLOW, "seconds": 1.0}])
@@ -183,7 +183,7 @@ def test_lost_packets_only_cost_time(make_rig, hosts, table, undisturbed, percen
 def test_an_empty_machine_receives_all_it_needs_over_a_link_that_is_cut_meanwhile(
     make_rig, hosts, run, table, tmp_path, undisturbed, source
 ):
-    """Machine 2 has only the program, and caches and a working folder of its own; its link is cut for 10 s."""
+    """Machine 2 has only the program, with its own caches and working folder; its link is cut for 10 s."""
     machines = hosts(2)
     rig = make_rig(machines)
     homes = [tmp_path / f"home{n}" for n in (1, 2)]

@@ -40,7 +40,7 @@ def test_all_processes_skip_a_step_whose_loss_is_not_finite(wrong_numbers, table
     """| A loss or gradient is not finite
     | All stop before the weights change, or skip the step (`--on-nonfinite skip`) | 2 |
 
-    tests/scripts/test_train.py has the stop.
+    tests/scripts/test_train.py tests the stop.
     """
     folder, ended = wrong_numbers
     assert "step 4 is skipped: not finite: process 1, samples" in ended.output
@@ -89,7 +89,7 @@ def test_a_worker_that_receives_sigterm_makes_all_save_and_the_run_resumes_to_th
 def test_a_killed_process_ends_the_other_machine_which_names_it(make_rig, table):
     """| A process or its launcher is killed, or a machine crashes | All others end within seconds and name it | 3 |
 
-    A process here; the launcher in test_launchers.py, a crash in test_links.py. The message says what to do, too.
+    Here a process; test_launchers.py kills the launcher, test_links.py a machine. The message also contains the fix.
     """
     rig = make_rig()
     faults = [{"do": "kill", "at": "computing", "step": 7, "rank": 1}, {**SLOW, "seconds": 0.1}]
@@ -130,7 +130,7 @@ def test_a_process_killed_in_a_save_leaves_older_checkpoints_complete(make_rig, 
 @pytest.mark.faults
 @pytest.mark.timeout(500)
 def test_a_run_continues_after_a_process_is_killed_in_each_phase(make_rig, hosts, table, undisturbed):
-    """With --max-restarts. At the start, in a step, in a save and in an evaluation, each in another attempt."""
+    """With --max-restarts: at the start, in a step, in a save and in an evaluation, each in a different attempt."""
     check_fault_in_each_phase(make_rig(hosts(2)), "kill", [1, 0, 1, 0], table, undisturbed())
 
 
@@ -149,7 +149,7 @@ def test_a_run_continues_after_a_process_hangs_in_each_phase(make_rig, hosts, ta
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_killed_before_its_first_message_delays_nobody(make_rig, tmp_path, table, undisturbed, rank):
-    """Its launcher has already met the other machine's launcher."""
+    """Its launcher is already connected to the other machine's launcher."""
     rig = make_rig()
     fault = {"do": "kill", "at": "importing", "rank": rank, "once": str(tmp_path / "once")}
     running = rig.start_all("--timeout-seconds", TIMEOUT, "--max-restarts", 2, faults=[fault])
@@ -163,7 +163,7 @@ def test_a_process_killed_before_its_first_message_delays_nobody(make_rig, tmp_p
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_workers_killed_at_twenty_random_steps_change_no_weight(make_rig, hosts, table, tmp_path, undisturbed):
-    """Ten on each machine, also on the one with the store, at moments that a seed draws."""
+    """Ten on each machine, including the one with the store, at seeded random moments."""
     draw = random.Random(20)
     num_steps, moments = 60, ["reading its batch", "computing", "saving"]
     rig = make_rig(hosts(2))

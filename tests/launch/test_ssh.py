@@ -114,7 +114,7 @@ def run_scripts(capfdbinary, monkeypatch):
 
 
 def test_each_line_starts_with_the_name_of_its_machine(run_scripts):
-    """Only whole lines are written, also of bytes that are no text, and all of them before the end."""
+    """Only whole lines are written, even of bytes that are not text, and all of them before the end."""
     script = "printf '1%%\\r2%%\\rone\\ntw'; sleep 0.3; printf 'o\\377'"
     code, output, errors = run_scripts({ALICE: script, BOB: "echo x"})
     assert (code, errors) == (0, [])

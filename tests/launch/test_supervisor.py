@@ -55,7 +55,7 @@ def supervise(forge, monkeypatch, tmp_path):
 
 @pytest.fixture
 def finish(supervise):
-    """Runs the command to its end; returns its exit code and the lines of its own."""
+    """Runs the command to its end; returns its exit code and its own lines."""
 
     def finish(script: str, *flags) -> tuple[int, list[str]]:
         ended = supervise(script, *flags)[0].finish()
@@ -83,7 +83,7 @@ def wait_for_end(*processes: psutil.Process) -> None:
 
 
 def test_a_failed_launcher_is_started_again_until_it_succeeds(finish, tmp_path):
-    """Each restart prints a line. The pause grows, and is short again after a run that has come further."""
+    """Each restart prints a line. The pause grows, and is short again after an attempt that got further."""
     code, lines = finish(
         "at_step([120, 120, 130, 140][attempt - 1])\n"
         "os.kill(os.getpid(), 9) if attempt == 1 else sys.exit([0, 0, 1, 3, 0][attempt])\n",

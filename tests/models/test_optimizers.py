@@ -1,4 +1,4 @@
-"""Optimizers and schedules against the libraries' own answers."""
+"""Optimizers and schedules against the results of the libraries."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""check_cluster.py on machines with their own network: what it reports of broken networks and measures of others."""
+"""check_cluster.py on machines with their own network: what it reports about broken ones and measures on others."""
 
 import json
 import re
@@ -53,12 +53,12 @@ def filter_port(machines: Hosts, verdict: str) -> None:
 
 
 def drop_large_packets(machines: Hosts) -> None:
-    """Like a tunnel with a smaller MTU whose ICMP messages about it are filtered."""
+    """Drops large packets, like a tunnel with a smaller MTU if ICMP is filtered."""
     filter_input(machines, 1, "ip saddr 10.77.0.2 ip length > 600 drop")
 
 
 def cases() -> dict:
-    """By name of the fault: what is done to the machines, options of the check, what each of them must print."""
+    """Returns, by name of the fault: what is done to the machines, options of the check, what each must print."""
     no_name = {"addresses": {"alice": "alice.lab", "bob": "10.77.0.2"}, "hosts_files": ["10.77.0.1 alice.lab", ""]}
     wrong = {"addresses": {"alice": "10.77.0.9", "bob": "10.77.0.2"}}
     unreachable = "bob cannot reach alice: "
@@ -238,7 +238,7 @@ def test_a_machine_lost_during_the_measurements_ends_the_others_with_a_report(ch
 @pytest.mark.networks
 @pytest.mark.skipif(not shutil.which("nft"), reason="needs nftables")
 def test_a_firewall_that_opens_only_the_clusters_port_is_reported(check, hosts):
-    """The machines reach each other at the cluster's port, but not at a port that the kernel chooses, as gloo does."""
+    """The machines reach each other at the cluster's port, but not at a port that the kernel chooses, as for gloo."""
     machines = hosts(2)
     filter_input(machines, 1, "tcp dport 32768-60999 tcp flags & (syn | ack) == syn drop")
     for ended in check(machines):

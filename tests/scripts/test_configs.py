@@ -26,7 +26,7 @@ def test_a_yaml_for_one_machine_trains_on_its_processes(train, free_port, name, 
 
 @pytest.mark.parametrize("name", ["multi_node", "multi_node_cpu"])
 def test_a_yaml_for_several_machines_trains_on_both(start, tmp_path, free_port, name):
-    """Two launchers on loopback: only rank and address are given besides the file, as its README says."""
+    """Two launchers on loopback: only rank and address are given besides the file, as in its README."""
     running = []
     for rank in (0, 1):
         words = [*LAUNCH, CONFIGS / f"{name}.yaml", "--machine_rank", rank]

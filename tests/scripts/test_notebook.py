@@ -16,7 +16,7 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "scripts" / "prototype.ipynb"
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The notebook after it was executed, its training cell once more at the end, and its run folder elsewhere."""
+    """The executed notebook, with its training cell run once more at the end, and its run folder."""
     folder = tmp_path_factory.mktemp("notebook")
     run = folder / "run"
     source = NOTEBOOK.read_text(encoding="utf-8")
@@ -48,14 +48,14 @@ def printed_by(cell: dict) -> str:
 
 
 def test_two_processes_take_part_where_there_is_no_gpu(executed):
-    """Left to itself, a notebook's launcher can end up with one process and say nothing."""
+    """By default, a notebook's launcher may start only one process, without a message."""
     if torch.cuda.device_count():
         pytest.skip("this machine has a GPU: the notebook starts one process on each")
     assert {row["num_processes"] for row in read_losses(executed[1])} == {2}
 
 
 def test_the_loss_falls_well_below_that_of_a_guess(executed):
-    """A uniform guess among the 2,048 tokens costs ln 2048 = 7.62 nats; token frequencies alone save one of them."""
+    """A uniform guess among the 2,048 tokens costs ln 2048 = 7.62 nats; token frequencies alone save one nat."""
     losses = [row["loss"] for row in read_losses(executed[1])]
     assert losses[0] > losses[-1]
     assert losses[-1] < 6.7
@@ -69,7 +69,7 @@ def test_the_losses_are_shown_as_they_stand_in_metrics_jsonl(executed):
 
 
 def test_the_final_model_writes_the_sample(executed):
-    """The cell's command cannot fail the notebook: what it printed tells."""
+    """A failed command does not fail the notebook, so this test reads its output."""
     notebook, run = executed
     assert (run / "final" / "model.safetensors").is_file()
     sample = printed_by(next(cell for cell in notebook.cells if "generate.py" in cell.source))
@@ -83,7 +83,7 @@ def test_training_again_in_the_same_kernel_goes_on_from_the_checkpoint(executed)
 
 
 def test_no_outputs_are_committed():
-    """Outputs would make every execution a change of the file, and could show a person's paths."""
+    """With outputs, every execution would change the file, and they could contain a user's paths."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"

@@ -27,7 +27,7 @@ FLAGS = [*SHORT, *QUIET]
 
 
 def assert_same_trajectory(found: list[float], reference: list[float]) -> None:
-    """Equal to 1e-5, and the differences go both ways: rounding, no drift."""
+    """Checks that losses are equal to 1e-5 and differ both ways: rounding, no drift."""
     relative = (np.array(found) - reference) / reference
     assert len(found) == len(reference) == 50
     assert np.abs(relative).max() < 1e-5, relative
@@ -75,7 +75,7 @@ def test_two_hosts_keep_the_trajectory(start, trained, hosts, tmp_path, per_host
 
 @pytest.mark.parametrize(("optimizer", "count"), [("adamw", 2), ("adafactor", 1)])
 def test_a_stopped_run_goes_on_bit_for_bit(train, start, tmp_path, two_processes, optimizer, count):
-    """One run of 50 steps; another that is killed behind the checkpoint of step 25 and started again."""
+    """One run of 50 steps; another that is killed after the checkpoint of step 25 and started again."""
     launcher = two_processes if count == 2 else (sys.executable,)
     flags = [*FLAGS, "--checkpoint-every", "25", "--optimizer", optimizer, "--dropout", "0.1"]
     reference, ended = train(*flags, launcher=launcher, folder="whole")
@@ -239,7 +239,7 @@ def test_evaluation_counts_each_token_once_however_it_is_divided(train, run, tra
 def test_a_loss_that_is_not_finite_stops_every_process_before_it_touches_a_weight(
     train, trained, tmp_path, two_processes
 ):
-    """A weight of the starting model is infinite: step 1 names itself, both processes and the samples."""
+    """A weight of the starting model is infinite: the message names step 1, both processes and the samples."""
     broken = tmp_path / "broken"
     shutil.copytree(trained / "final", broken)
     model = AutoModelForCausalLM.from_pretrained(broken)
@@ -316,7 +316,7 @@ def test_generate_streams_the_same_text_for_the_same_seed(run, trained, capsys):
 
 
 def test_gradients_in_fp16_travel_in_half_the_bytes_to_nearly_the_same_losses(train, two_processes, trained):
-    """Over two micro-batches too; rounded to 11 bits they are not the same to the last digit."""
+    """Also over two micro-batches; rounding to 11 bits changes the last digits of the losses."""
     flags = [*FLAGS, "--gradient-compression", "fp16", "--micro-batch-size", 2]
     folder, ended = train(*flags, launcher=two_processes)
     assert ended.code == 0, ended.output

@@ -29,17 +29,17 @@ def test_fp16_overflows_in_every_step_end_the_run_and_a_finite_gradient_starts_t
     checked = steps(SimpleNamespace(scaler=torch.amp.GradScaler("cpu")))
     loss = [torch.tensor(1.0)]
     for step in range(1, MAX_OVERFLOWS + 1):
-        assert checked.is_finite(step, 1.0, math.inf, loss, [0])
-    assert checked.is_finite(step + 1, 1.0, 2.0, loss, [0])
+        assert checked.may_update(step, 1.0, math.inf, loss, [0])
+    assert checked.may_update(step + 1, 1.0, 2.0, loss, [0])
     for step in range(1, MAX_OVERFLOWS + 1):
-        assert checked.is_finite(step, 1.0, math.nan, loss, [0])
+        assert checked.may_update(step, 1.0, math.nan, loss, [0])
     with pytest.raises(UserError, match=f"step 99: {MAX_OVERFLOWS + 1} steps in a row overflow fp16"):
-        checked.is_finite(99, 1.0, math.inf, loss, [0])
+        checked.may_update(99, 1.0, math.inf, loss, [0])
 
 
 def test_without_a_scaler_an_infinite_gradient_is_skipped_as_often_as_allowed(steps):
     checked = steps(Accelerator(cpu=True), on_nonfinite="skip", max_skipped_steps=2)
     loss = [torch.tensor(1.0)]
-    assert [checked.is_finite(step, 1.0, math.inf, loss, [0]) for step in (1, 2)] == [False, False]
+    assert [checked.may_update(step, 1.0, math.inf, loss, [0]) for step in (1, 2)] == [False, False]
     with pytest.raises(UserError, match=r"step 3: not finite: not in the loss, but in the gradient \(3 such step"):
-        checked.is_finite(3, 1.0, math.inf, loss, [0])
+        checked.may_update(3, 1.0, math.inf, loss, [0])

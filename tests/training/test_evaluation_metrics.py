@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from forge_lib.errors import UserError
-from forge_lib.training import metrics
+from forge_lib.training import evaluation_metrics as metrics
 
 
 def test_metrics_weight_tokens_rather_than_processes():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from forge_lib.training.anomalies import SpikeDetector, Straggler, find_straggler
 from forge_lib.training.gradient_sync import GradientSync
-from forge_lib.training.step import SpikeDetector, Straggler, find_straggler, step_seed
+from forge_lib.training.state import step_seed
 
 
 def test_the_seed_of_a_step_is_the_same_on_every_machine_and_differs_between_steps_and_processes():

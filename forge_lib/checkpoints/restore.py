@@ -182,10 +182,10 @@ def _check_shapes(path: Path, tensors: dict[str, torch.Tensor], shapes: dict[str
 
 
 def _examine(path: Path, run: dict) -> Found:
-    """Returns a checkpoint as found, or what is wrong with it as the only line of `skipped` or `foreign`."""
+    """Returns the checkpoint, or a reason to refuse it as the only line of `skipped` or `foreign`."""
     try:
         manifest, state = read_manifest_and_state(path)
-        if manifest["format_version"] == 1:  # it has fewer values of its run
+        if manifest["format_version"] == 1:  # it contains fewer values of its run
             run = {name: value for name, value in run.items() if name in state["run"]}
         if different := differences(state["run"], run):
             return Found(foreign=["; ".join(different)])

@@ -1,4 +1,4 @@
-"""What the machines of a check tell each other: a record of each machine, with facts that are compared."""
+"""What the machines of a check send each other: a record of each machine, with facts that are compared."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from forge_lib.distributed.facts import LIBRARIES, differing_versions, versions
 from forge_lib.distributed.network import interface_of, is_public
 from forge_lib.errors import UserError
 
-PROTOCOL = 2  # another version of the program has another number
+PROTOCOL = 2  # incompatible versions of the program have different numbers
 MAX_RECORD_BYTES = 1 << 14
 MAX_CLOCK_SECONDS = 1e12
 MAX_INTEGER = 1 << 63
@@ -77,14 +77,14 @@ class Record:
     """The state of one machine of a check, as it sends it to the others, and as they pass it on.
 
     Attributes:
-        id: random; a check that is started again has another one.
+        id: random; a check that is started again has a different one.
         name: of the machine in cluster.yaml.
         host: its host name.
         cluster: fingerprint of its cluster.yaml.
         address: its IP address in the cluster's network.
         status: what it is doing, or nothing.
         heartbeat: increases with each message.
-        facts: what it found out about itself, once it has.
+        facts: what it found out about itself; None until then.
         mistakes: what is wrong with its address, its port or its command line.
         links: for each other machine that it tried to reach, why that fails, or nothing.
         clocks: by how many seconds the clock of each other machine is ahead of its own.
@@ -171,7 +171,7 @@ def _has_type(value: Any, expected: Any) -> bool:
 
 
 def _is_printable(value: Any) -> bool:
-    """Returns whether no text in a value from JSON has control characters, which a terminal would obey."""
+    """Returns whether no text in a value from JSON has control characters, which a terminal would execute."""
     if isinstance(value, str):
         return value.isprintable()
     if isinstance(value, dict):
@@ -215,9 +215,9 @@ def machine_facts(
 
 
 def find_differences(facts: dict[str, MachineFacts]) -> list[tuple[str, str]]:
-    """Returns what may not differ from the first machine and does: the machine, and a sentence.
+    """Returns the forbidden differences from the first machine, each as (machine, sentence).
 
-    These are the flags of this check, and what a run would refuse: other minor versions of the libraries, other data.
+    It compares the flags of this check, the minor versions of the libraries, and the data.
 
     Args:
         facts: by the machines' names, in the order of the cluster.

@@ -23,7 +23,7 @@ NUM_ROUNDS = 5
 
 @dataclass
 class ModelSpeeds:
-    """How fast some processes train a model, by rank, and the bytes of each trainable parameter, in its order."""
+    """How fast some processes train a model, by rank, and the bytes of each trainable parameter, in model order."""
 
     speeds: list[Speed]
     parameter_bytes: list[int]

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from forge_lib.check.speed import measure_speed
+from forge_lib.check.training_speed import measure_speed
 
 
 class Sleepy(torch.nn.Module):

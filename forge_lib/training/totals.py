@@ -1,0 +1,33 @@
+"""The all-reduce of a step: its loss, and how many processes are asked to stop."""
+
+import torch
+import torch.distributed as dist
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns the widest float type of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class StepTotals:
+    """Sums a step's loss over all processes, and counts the processes that are asked to stop, in one all-reduce.
+
+    The constructor starts the all-reduce; call it on all processes.
+
+    Args:
+        losses: the loss sum of each of this process's micro-batches, scalars, in nats.
+        must_stop: whether this process is asked to stop.
+    """
+
+    def __init__(self, losses: list[torch.Tensor], must_stop: bool):
+        self.losses, dtype = losses, sum_dtype(losses[0].device)
+        loss = torch.stack(losses).sum().to(dtype)
+        self._totals = torch.stack([loss, losses[0].new_tensor(must_stop, dtype=dtype)])
+        self._work = dist.all_reduce(self._totals, async_op=True) if dist.is_initialized() else None
+
+    def wait(self) -> tuple[float, int]:
+        """Returns the loss sum and the number of processes that are asked to stop, equal on all processes."""
+        if self._work:
+            self._work.wait()
+        loss, num_stopping = self._totals.tolist()
+        return loss, int(num_stopping)
