@@ -9,19 +9,27 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from filelock import FileLock
 
-pytestmark = pytest.mark.xdist_group("notebook")  # one worker executes it
 NOTEBOOK = Path(__file__).resolve().parents[2] / "scripts" / "prototype.ipynb"
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The executed notebook, with its training cell run once more at the end, and its run folder."""
-    folder = tmp_path_factory.mktemp("notebook")
-    run = folder / "run"
+@pytest.fixture(scope="session")
+def executed(shared_folder, home):
+    """The notebook after it was executed, its training cell once more at the end, and its run folder elsewhere."""
+    folder = shared_folder / "notebook"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            folder.mkdir()
+            execute(folder)
+    return nbformat.read(folder / "done.ipynb", as_version=4), folder / "run"
+
+
+def execute(folder: Path) -> None:
+    """Writes `done.ipynb` and the run folder `run` into a folder."""
     source = NOTEBOOK.read_text(encoding="utf-8")
-    assert source.count("runs/notebook") == 1, "the configuration alone names the run folder"
-    notebook = nbformat.reads(source.replace("runs/notebook", run.as_posix()), as_version=4)
+    assert source.count("runs/notebook") == 1, "only the configuration names the run folder"
+    notebook = nbformat.reads(source.replace("runs/notebook", (folder / "run").as_posix()), as_version=4)
     training = next(cell for cell in notebook.cells if "notebook_launcher(main" in cell.source)
     notebook.cells.append(nbformat.v4.new_code_cell(training.source))
     nbformat.write(notebook, folder / "source.ipynb")
@@ -35,7 +43,6 @@ def executed(tmp_path_factory):
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    return nbformat.read(folder / "done.ipynb", as_version=4), run
 
 
 def read_losses(run: Path) -> list[dict]:
