@@ -33,6 +33,11 @@ def flag(
     return field(default=default, metadata={"help": help, **({"metavar": unit} if unit else {}), "limits": limits})
 
 
+def seed_flag(help: str) -> Any:
+    """Returns a field for a seed that torch accepts."""
+    return flag(0, help, "SEED", at_least=-(1 << 63), below=1 << 64)
+
+
 def flag_name(field_name: str) -> str:
     """Returns the flag of a field: `model_name` is `--model-name`."""
     return "--" + field_name.replace("_", "-")
@@ -99,7 +104,16 @@ class ModelConfig(WeightsConfig, ModelNameConfig):
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class BeginConfig:
+    """How a text begins."""
+
+    _argument_group_name = "begin of a text"
+
+    begin_tokens: bool = flag(True, "begin each document and prompt as the tokenizer begins a text (Llama: with <s>)")
+
+
+@dataclass(kw_only=True)
+class TextConfig:
     """The text, and how it is split into documents."""
 
     _argument_group_name = "data"
@@ -112,8 +126,19 @@ class DataConfig:
     encoding_errors: Literal["strict", "replace"] = flag(
         "strict", "bytes that are not UTF-8: strict (an error) or replace", "HOW"
     )
+    document_separator: str = flag(
+        "", "text that separates documents, such as <|endoftext|>; it is no part of them", "TEXT"
+    )
+    special_tokens_in_text: Literal["parse", "plain"] = flag(
+        "parse", "special tokens written in the text: parse (they become that token) or plain (ordinary text)", "HOW"
+    )
     dataset_config: str = flag("", "configuration of a Hub dataset", "NAME")
     dataset_split: str = flag("train", "split of a Hub dataset", "NAME")
+
+
+@dataclass(kw_only=True)
+class DataConfig(TextConfig, BeginConfig):
+    """The text as documents."""
 
 
 @dataclass(kw_only=True)
@@ -187,7 +212,7 @@ class OptimizationConfig:
     gradient_compression: Literal["no", "fp16"] = flag(
         "no", "no, or fp16: send gradients in half the bytes, rounded", "TYPE"
     )
-    seed: int = flag(0, "seed of everything that is random", "SEED")
+    seed: int = seed_flag("seed of everything that is random")
 
 
 @dataclass(kw_only=True)

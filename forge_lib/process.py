@@ -79,6 +79,11 @@ class World:
                 raise UserError(
                     f"the launcher names a main machine ({address}), but gave this process no rank: {MULTI_CPU_FIX}"
                 )
+            if "LOCAL_RANK" in os.environ and "MASTER_ADDR" not in os.environ:
+                raise UserError(
+                    "the environment variables of a launcher (LOCAL_RANK, RANK, WORLD_SIZE) are set, but MASTER_ADDR "
+                    "is not: unset them, or start with accelerate launch or torchrun"
+                )
             return cls()
         in_group = dist.is_available() and dist.is_initialized()  # under accelerate's debug_launcher
         return cls(

@@ -23,21 +23,23 @@ from datetime import timedelta
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from forge_lib.config import BlockConfig, DataConfig, ModelNameConfig, RangeChecked, WorldConfig, flag
+from forge_lib.config import BlockConfig, DataConfig, ModelNameConfig, RangeChecked, WorldConfig, flag, seed_flag
 from forge_lib.data.blocks import BlockDataset, TokenStream, split_documents
 from forge_lib.data.corpus import prepare_store
 from forge_lib.data.token_store import TokenStore
 from forge_lib.distributed.agreement import Agreement, agree, check_world, compare_inputs
 from forge_lib.distributed.device import choose_device
+from forge_lib.distributed.environment import check_environment
 from forge_lib.distributed.facts import InputFacts, local_facts
 from forge_lib.distributed.peers import Peers
 from forge_lib.distributed.reporting import report_errors
 from forge_lib.flags import parse_config
 from forge_lib.models.fingerprints import hash_weights
-from forge_lib.models.generation import generate_text
+from forge_lib.models.generation import generate_ids
 from forge_lib.models.loading import check_positions, load_tokenizer, load_trained_model
 from forge_lib.process import World
 from forge_lib.training.evaluation import evaluate_model
+from forge_lib.training.log import to_json
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 MIN_HALF = 4  # tokens in half of a document; shorter documents are not used as prompts
@@ -52,7 +54,7 @@ class MeasureConfig:
     eval_fraction: float = flag(
         0.0, "only what train.py held out with this value; 0: the whole text", "FRACTION", at_least=0, below=1
     )
-    seed: int = flag(0, "the seed of train.py, which selects what was held out", "SEED")
+    seed: int = seed_flag("the seed of train.py, which selects what was held out")
     micro_batch_size: int = flag(8, "sequences per forward pass on one device", "SEQUENCES", at_least=1)
     metrics: list[str] = field(
         default_factory=list,
@@ -71,6 +73,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     world = World.from_environment()
     metrics = []
     with Peers(world) as peers:
+        check_environment()
         device = choose_device(config.device, world)
         tokenizer = load_tokenizer(config)
         model = load_trained_model(config)
@@ -107,7 +110,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
                 predictions, references = continue_documents(config, model, tokenizer, stream)
                 for metric in metrics:
                     results |= metric.compute(predictions=predictions, references=references)
-            print(json.dumps(results, indent=2, default=float))
+            print(json.dumps(to_json(results), indent=2))
         peers.barrier("end")
         accelerator.end_training()
     return results
@@ -156,10 +159,10 @@ def continue_documents(
         half = len(document) // 2
         if half < MIN_HALF:
             continue
-        prompt, rest = tokenizer.decode(document[:half]), tokenizer.decode(document[half:], skip_special_tokens=True)
-        text = generate_text(model, tokenizer, prompt, config.seed, len(document) - half, temperature=0)
-        predictions.append(text[len(prompt) :])
-        references.append(rest)
+        length = len(document) - half
+        ids = generate_ids(model, document[:half], tokenizer.eos_token_id, config.seed, length, temperature=0)
+        predictions.append(tokenizer.decode(ids[half:], skip_special_tokens=True))
+        references.append(tokenizer.decode(document[half:], skip_special_tokens=True))
     return predictions, references
 
 

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from forge_lib.config import ModelNameConfig, RangeChecked, flag
+from forge_lib.config import BeginConfig, ModelNameConfig, RangeChecked, flag, seed_flag
+from forge_lib.data.tokenizing import prompt_ids
 from forge_lib.distributed.reporting import report_errors
 from forge_lib.flags import parse_config
-from forge_lib.models.generation import generate_text
+from forge_lib.models.generation import generate_ids
 from forge_lib.models.loading import load_tokenizer, load_trained_model
 
 
 @dataclass(kw_only=True)
-class TextConfig:
+class PromptConfig:
     """How the text is generated."""
 
     _argument_group_name = "text"
@@ -30,11 +31,11 @@ class TextConfig:
         0.8, "0: always the likeliest token; 1: random, with the model's own probabilities", "T", at_least=0
     )
     top_p: float = flag(0.95, "choose among the likeliest tokens that together have this probability", "P", above=0)
-    seed: int = flag(0, "seed of the random choice of tokens", "SEED")
+    seed: int = seed_flag("seed of the random choice of tokens")
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(RangeChecked, TextConfig, ModelNameConfig):
+class GenerateConfig(RangeChecked, PromptConfig, BeginConfig, ModelNameConfig):
     """Every flag of this script."""
 
     def find_mistakes(self) -> list[str]:
@@ -46,16 +47,17 @@ def main(config: GenerateConfig) -> str:
     """Prints the text while it is generated, and returns it."""
     tokenizer = load_tokenizer(config)
     model = load_trained_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
-    return generate_text(
+    ids = generate_ids(
         model,
-        tokenizer,
-        config.prompt,
+        prompt_ids(tokenizer, config.prompt, config.begin_tokens),
+        tokenizer.eos_token_id,
         config.seed,
         config.max_new_tokens,
         config.temperature,
         config.top_p,
         streamer=transformers.TextStreamer(tokenizer, skip_special_tokens=True),
     )
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 if __name__ == "__main__":

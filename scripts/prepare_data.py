@@ -11,7 +11,7 @@ import sys
 from dataclasses import MISSING, dataclass
 
 from forge_lib.config import DataConfig, ModelNameConfig, flag
-from forge_lib.data.corpus import prepare_store
+from forge_lib.data.corpus import describe_store, prepare_store
 from forge_lib.data.token_store import is_store
 from forge_lib.distributed.reporting import report_errors
 from forge_lib.errors import UserError
@@ -37,13 +37,17 @@ def main(config: PrepareConfig) -> None:
     """Makes the token store, unless it exists and its input has not changed; prints what is in it."""
     if is_store(config.dataset_path):
         raise UserError(f"--dataset-path {config.dataset_path} is a token store already; name the text it was made of")
-    store = prepare_store(config, load_tokenizer(config), folder=config.output_dir)
-    facts, source = store.manifest, store.manifest["source"]
+    tokenizer = load_tokenizer(config)
+    store = prepare_store(config, tokenizer, folder=config.output_dir)
+    facts = store.manifest
+    print(f"{store.folder}: {facts['num_tokens']:,} tokens in {facts['num_documents']:,} documents")
     print(
-        f"{store.folder}: {facts['num_tokens']:,} tokens of {facts['num_documents']:,} documents "
-        f"({facts['num_text_bytes']:,} bytes of text) in {source['num_files']:,} files, "
-        f"{source['num_empty_files']} empty files skipped"
+        f"documents: the longest has {facts['longest_document']:,} tokens, the shortest "
+        f"{facts['shortest_document']:,}; {facts['num_empty_documents']:,} empty ones were left out; "
+        f"{facts['num_text_bytes']:,} bytes of text"
     )
+    for line in describe_store(store, tokenizer, config):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from forge_lib.config import ModelConfig
-from forge_lib.models.loading import load_model
+from forge_lib.models.loading import adapt_model, load_model
 
 GPT2 = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2)
 LLAMA = LlamaConfig(
@@ -19,4 +19,5 @@ def build_model(config: PreTrainedConfig, folder: Path, **options) -> PreTrained
     """Returns a model with random weights from a configuration in `folder`, as train.py builds it."""
     config.save_pretrained(folder)
     torch.manual_seed(0)
-    return load_model(ModelConfig(model_name=str(folder), **options), vocab_size=97, sequence_length=32)
+    options = ModelConfig(model_name=str(folder), **options)
+    return adapt_model(load_model(options, vocab_size=97, sequence_length=32), options)

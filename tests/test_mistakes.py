@@ -1,10 +1,11 @@
 """Mistakes of the user: one clear message and exit code 2 on every process, and no final model."""
 
+import gzip
 import sys
 
 import pytest
 from commands import BIN, QUIET, ROOT, SHORT, accelerate_launcher
-from transformers import GPT2Config
+from transformers import BertConfig, GPT2Config, T5Config
 
 from forge_lib.config import TrainConfig
 from forge_lib.distributed.reporting import report_errors
@@ -79,10 +80,52 @@ def folder_that_is_a_file(folder):
 
 
 def vocabulary_too_small(folder):
+    save_with_tokenizer(folder, GPT2Config(vocab_size=100, n_positions=64, n_embd=8, n_layer=1, n_head=1))
+    return ["--model-name", folder], "knows 2048 tokens, but the model's vocabulary has 100"
+
+
+def save_with_tokenizer(folder, config):
+    """Writes a model folder without weights, with the bundled tokenizer."""
     for file in (ROOT / "data" / "tiny_gpt2").glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
-    GPT2Config(vocab_size=100, n_positions=64, n_embd=8, n_layer=1, n_head=1).save_pretrained(folder)
-    return ["--model-name", folder], "knows 2048 tokens, but the model's vocabulary has 100"
+    config.save_pretrained(folder)
+
+
+def encoder(folder):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    save_with_tokenizer(folder, BertConfig(**sizes))
+    return ["--model-name", folder], "the model (type bert) predicts tokens from later ones"
+
+
+def encoder_and_decoder(folder):
+    save_with_tokenizer(folder, T5Config(d_model=8, num_layers=1, d_ff=8, num_heads=1))
+    return ["--model-name", folder], "can be loaded (Unrecognized configuration class"
+
+
+def weights_of_another_program(folder):
+    save_with_tokenizer(folder, GPT2Config(vocab_size=2048, n_positions=64, n_embd=8, n_layer=1, n_head=1))
+    (folder / "tf_model.h5").write_bytes(b"weights")
+    return ["--model-name", folder], "found tf_model.h5, which cannot be loaded; expected model.safetensors"
+
+
+def large_seed(folder):
+    return ["--seed", 1 << 64], "--seed is 18446744073709551616, but must be below 18446744073709551616"
+
+
+def cut_file(folder):
+    data = gzip.compress(b'{"text": "one"}\n' * 1000)
+    (folder / "x.jsonl.gz").write_bytes(data[:-9])
+    return ["--dataset-path", folder], "x.jsonl.gz: the end of the compressed file is missing"
+
+
+def number_as_text(folder):
+    (folder / "x.jsonl").write_text('{"text": 7}\n')
+    return ["--dataset-path", folder], "x.jsonl: line 1: column 'text' has the number 7 without quotes, expected text"
+
+
+def shifted_csv(folder):
+    (folder / "x.csv").write_text("id,text\n1,Hello, world\n")
+    return ["--dataset-path", folder], "x.csv: line 2 has 3 fields, but the header has 2"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +143,13 @@ def vocabulary_too_small(folder):
         one_document,
         folder_that_is_a_file,
         vocabulary_too_small,
+        encoder,
+        encoder_and_decoder,
+        weights_of_another_program,
+        large_seed,
+        cut_file,
+        number_as_text,
+        shifted_csv,
     ],
 )
 def test_a_mistake_gives_one_message_and_exit_code_2(script, tmp_path, mistake):
@@ -109,6 +159,20 @@ def test_a_mistake_gives_one_message_and_exit_code_2(script, tmp_path, mistake):
     assert message in output
     assert output.count("train.py: error: ") == 1
     assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, "are set, but MASTER_ADDR is not: unset them"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 would change"),
+    ],
+)
+def test_a_leftover_environment_variable_is_named(script, monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, output = script("--max-steps", 1)
+    assert (code, output.count("train.py: error: "), message in output) == (2, 1, True), output
 
 
 def two_machines(start, tmp_path, port, first: list, second: list) -> list:

@@ -13,7 +13,7 @@ from forge_lib.check.forecast import Speed
 from forge_lib.check.workers import Place
 from forge_lib.config import TrainConfig
 from forge_lib.distributed.speed import copy_bandwidth, time_call
-from forge_lib.models.loading import load_model
+from forge_lib.models.loading import adapt_model, load_model
 from forge_lib.models.loss import loss_sum
 from forge_lib.models.optimizers import build_optimizers
 
@@ -39,7 +39,7 @@ def join_speeds(parts: list[ModelSpeeds]) -> ModelSpeeds:
 
 def measure_model(place: Place, run: TrainConfig) -> Callable[[], ModelSpeeds]:
     """Loads the model of a run; returns a function that measures its speed in this worker. See `Workers.run`."""
-    model = load_model(run, 0, run.sequence_length).to(place.device)
+    model = adapt_model(load_model(run, 0, run.sequence_length), run).to(place.device)
     optimizers = build_optimizers(model, run)
     parameter_bytes = [parameter.nbytes for parameter in model.parameters() if parameter.requires_grad]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations  # names of transformers in signatures are not imported
 
 import hashlib
+import itertools
 import json
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ import transformers
 from filelock import FileLock
 
 from forge_lib import disk
-from forge_lib.config import DataConfig
-from forge_lib.data.files import Source, find_source
-from forge_lib.data.reading import Piece, read_pieces
+from forge_lib.config import DataConfig, flag_name
+from forge_lib.data.files import Source, describe_files, find_source
+from forge_lib.data.reading import Piece, Reader
 from forge_lib.data.token_store import (
     FORMAT_VERSION,
     STORE_FILES,
@@ -28,20 +30,27 @@ from forge_lib.data.token_store import (
     open_store,
     stores_folder,
 )
+from forge_lib.data.tokenizing import (
+    Encoder,
+    begin_ids,
+    end_id,
+    splitting_fingerprint,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 from forge_lib.errors import UserError
 
 BATCH_CHARACTERS = 1 << 20  # tokenized at a time; a token in the tokenizer takes about 100 bytes of memory
+READER_VERSION = 2  # increase it when the same files give other documents: older stores in the cache are then unused
+OPTIONS = (  # of DataConfig: they decide which tokens the same files give
+    "sample_by",
+    "text_column",
+    "encoding_errors",
+    "document_separator",
+    "special_tokens_in_text",
+    "begin_tokens",
+)
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
-
-
-def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
-    """Returns a sha256 of everything that decides how the tokenizer splits text."""
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state.update(padding=None, truncation=None)
-    else:
-        state = [type(tokenizer).__name__, tokenizer.get_vocab()]
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def prepare_store(
@@ -67,11 +76,13 @@ def prepare_store(
     """
     if is_store(config.dataset_path):
         return _check_tokenizer(open_store(config.dataset_path), tokenizer)
+    end_id(tokenizer)  # raises an error if there is none
     source = find_source(config)
     made_from = {
+        "reader": READER_VERSION,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "source": source.fingerprint,
-        "options": {name: getattr(config, name) for name in ("sample_by", "text_column", "encoding_errors")},
+        "options": {name: getattr(config, name) for name in OPTIONS},
     }
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     folder = Path(folder) if folder else stores_folder() / key[:16]
@@ -90,14 +101,52 @@ def prepare_store(
 
 def _check_tokenizer(store: TokenStore, tokenizer: transformers.PreTrainedTokenizerBase) -> TokenStore:
     made_with = store.manifest["tokenizer"]
-    if made_with["fingerprint"] != tokenizer_fingerprint(tokenizer):
+    is_old = store.manifest["format_version"] == 1
+    fingerprint = splitting_fingerprint if is_old else tokenizer_fingerprint
+    if made_with["fingerprint"] != fingerprint(tokenizer):
         raise UserError(
             f"the token store {store.folder} was made with the tokenizer of {made_with['name']!r} "
             f"({made_with['vocab_size']} tokens), but --model-name has that of {tokenizer.name_or_path!r} "
-            f"({len(tokenizer)} tokens); make the store again with scripts/prepare_data.py --model-name "
-            f"{tokenizer.name_or_path}"
+            f"({vocabulary_size(tokenizer)} tokens), or another begin or end of a text; make the store again with "
+            f"scripts/prepare_data.py --model-name {tokenizer.name_or_path}"
+        )
+    if is_old and len(store.tokens) and store.tokens[-1] != tokenizer.eos_token_id:
+        raise UserError(
+            f"the documents of the token store {store.folder} end with token {store.tokens[-1]}, but the tokenizer of "
+            f"--model-name ends them with {tokenizer.eos_token_id}; make the store again with scripts/prepare_data.py"
         )
     return store
+
+
+def begins_documents(store: TokenStore) -> bool:
+    """Returns whether the documents of a store begin as its tokenizer begins a text."""
+    return bool(store.manifest["tokenizer"].get("begin_ids"))
+
+
+def describe_store(
+    store: TokenStore, tokenizer: transformers.PreTrainedTokenizerBase, config: DataConfig
+) -> list[str]:
+    """Returns lines for the log: which files a store was made of, and what may be unexpected about its documents."""
+    source, lines = store.manifest["source"], []
+    if is_store(config.dataset_path):
+        made_with = store.manifest.get("options", {})
+        defaults = {field.name: field.default for field in fields(DataConfig)}
+        given = [name for name in OPTIONS if getattr(config, name) not in (defaults[name], made_with.get(name))]
+        if given:
+            flags = ", ".join(map(flag_name, given))
+            lines.append(f"{flags}: no effect, since {config.dataset_path} is a token store that was made otherwise")
+    if "read" in source:
+        lines.append(describe_files(source["path"], source["read"], source["skipped"]))
+    if found := store.manifest.get("special_tokens_in_text"):
+        tokens = ", ".join(f"{token} {count:,} times" for token, count in found.items())
+        how = store.manifest["options"]["special_tokens_in_text"]
+        lines.append(f"special tokens written in the text of {source['path']}: {tokens} (read as: {how})")
+    if store.manifest["format_version"] == 1 and (ids := begin_ids(tokenizer)):
+        lines.append(
+            f"{store.folder} was made by an older version: its documents lack {tokenizer.decode(ids)}, with which "
+            "this tokenizer begins a text; make it again with scripts/prepare_data.py"
+        )
+    return lines
 
 
 def _make_store(
@@ -132,61 +181,81 @@ def _write_store(
     progress: Progress,
 ) -> dict[str, Any]:
     """Writes tokens.bin and documents.bin, and returns the manifest."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-text token to join documents with")
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    pieces = read_pieces(source, config, progress)
+    reader, encoder = Reader(source, config, progress), Encoder(tokenizer, config.special_tokens_in_text)
+    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else np.uint32)
+    begin = begin_ids(tokenizer) if config.begin_tokens else []
     with _HashedFile(folder / "tokens.bin") as tokens, _HashedFile(folder / "documents.bin") as documents:
-        counts = _write_documents(tokens, documents, pieces, tokenizer, dtype, config.dataset_path)
-    if not counts["num_documents"]:
+        writer = _DocumentWriter(tokens, documents, dtype, begin, end_id(tokenizer))
+        writer.write(reader, encoder, config.dataset_path)
+    if not writer.counts["num_documents"]:
         raise UserError(f"--dataset-path {config.dataset_path}: empty: no text except white space in it")
     return {
         "format": "p2p-llm-forge token store",
         "format_version": FORMAT_VERSION,
         "dtype": dtype.name,
-        **counts,
+        **writer.counts,
+        "num_empty_documents": reader.num_empty_documents,
+        "special_tokens_in_text": dict(encoder.num_special.most_common()),
         "tokenizer": {
             "name": tokenizer.name_or_path,
             "fingerprint": tokenizer_fingerprint(tokenizer),
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocabulary_size(tokenizer),
+            "begin_ids": begin,
+            "end_id": end_id(tokenizer),
         },
-        "source": {
-            "path": config.dataset_path,
-            "fingerprint": source.fingerprint,
-            "num_files": len(source.files),
-            "num_empty_files": source.num_empty,
-        },
+        "options": {name: getattr(config, name) for name in OPTIONS},
+        "source": {"path": config.dataset_path, "fingerprint": source.fingerprint, **reader.describe()},
         "files": {file.path.name: {"bytes": file.size, "sha256": file.sha256} for file in (tokens, documents)},
     }
 
 
-def _write_documents(
-    tokens: _HashedFile,
-    documents: _HashedFile,
-    pieces: Iterable[Piece],
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    dtype: np.dtype,
-    dataset_path: str,
-) -> dict[str, int]:
-    """Tokenizes the documents into both files, and returns the counts for the manifest."""
-    num_tokens = num_documents = num_text_bytes = 0
-    last_line = time.monotonic()
-    documents.write(np.zeros(1, np.uint64))
-    for texts, ends in _batches(pieces):
-        for ids, is_end in zip(_encode(tokenizer, texts), ends, strict=True):
-            if is_end:
-                ids = [*ids, tokenizer.eos_token_id]
+class _DocumentWriter:
+    """Writes documents into the two files of a store.
+
+    Attributes:
+        counts: for the manifest.
+    """
+
+    def __init__(self, tokens: _HashedFile, documents: _HashedFile, dtype: np.dtype, begin: list[int], end: int):
+        self.counts = {"num_tokens": 0, "num_documents": 0, "num_text_bytes": 0}
+        self.counts |= {"longest_document": 0, "shortest_document": 0}  # in tokens
+        self._tokens, self._documents, self._dtype, self._begin, self._end = tokens, documents, dtype, begin, end
+        self._start = 0  # of the document that is written
+
+    def write(self, pieces: Iterable[Piece], encoder: Encoder, dataset_path: str) -> None:
+        """Tokenizes and writes all documents."""
+        last_line, is_begun = time.monotonic(), False
+        self._documents.write(np.zeros(1, np.uint64))
+        for texts, ends in _batches(pieces):
+            continued = [is_begun, *(not is_end for is_end in ends[:-1])]
+            is_begun = not ends[-1]
+            self._write_batch(encoder.encode(texts, continued), continued, ends)
+            self.counts["num_text_bytes"] += sum(len(text.encode()) for text in texts)
+            # a terminal has a progress bar
+            if not sys.stderr.isatty() and time.monotonic() - last_line >= LINE_SECONDS:
+                last_line = time.monotonic()
+                state = f"{self.counts['num_text_bytes'] / 1e6:.1f} MB of text, {self.counts['num_tokens']} tokens"
+                print(f"tokenizing {dataset_path}: {state} so far", file=sys.stderr, flush=True)
+
+    def _write_batch(self, encoded: list[list[int]], continued: list[bool], ends: list[bool]) -> None:
+        stops, num_tokens = [], self.counts["num_tokens"]
+        for number, (ids, is_continued, is_end) in enumerate(zip(encoded, continued, ends, strict=True)):
+            encoded[number] = ids = [*([] if is_continued else self._begin), *ids, *([self._end] if is_end else [])]
             num_tokens += len(ids)
-            tokens.write(np.asarray(ids, dtype))
             if is_end:
-                num_documents += 1
-                documents.write(np.asarray([num_tokens], np.uint64))
-        num_text_bytes += sum(len(text.encode()) for text in texts)
-        if not sys.stderr.isatty() and time.monotonic() - last_line >= LINE_SECONDS:  # a terminal has a progress bar
-            last_line = time.monotonic()
-            state = f"{num_text_bytes / 1e6:.1f} MB of text, {num_tokens} tokens so far"
-            print(f"tokenizing {dataset_path}: {state}", file=sys.stderr, flush=True)
-    return {"num_tokens": num_tokens, "num_documents": num_documents, "num_text_bytes": num_text_bytes}
+                stops.append(num_tokens)
+        count = num_tokens - self.counts["num_tokens"]
+        self._tokens.write(np.fromiter(itertools.chain.from_iterable(encoded), self._dtype, count))
+        self.counts["num_tokens"] = num_tokens
+        if not stops:
+            return
+        self._documents.write(np.asarray(stops, np.uint64))
+        lengths = np.diff(stops, prepend=self._start)
+        self._start = stops[-1]
+        self.counts["longest_document"] = max(self.counts["longest_document"], int(lengths.max()))
+        shortest = [self.counts["shortest_document"]] if self.counts["num_documents"] else []
+        self.counts["shortest_document"] = min([*shortest, int(lengths.min())])
+        self.counts["num_documents"] += len(stops)
 
 
 class _HashedFile:
@@ -211,14 +280,6 @@ class _HashedFile:
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
-
-
-def _encode(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()  # some models' tokenizers are saved with truncation or padding
-        tokenizer.backend_tokenizer.no_padding()
-        return [each.ids for each in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[tuple[list[str], list[bool]]]:

@@ -4,7 +4,9 @@ import glob
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from forge_lib import disk
@@ -12,7 +14,15 @@ from forge_lib.config import DataConfig
 from forge_lib.data.token_store import is_store, open_store
 from forge_lib.errors import UserError
 
-FORMATS = {"txt": "text", "md": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+FORMATS = {
+    "txt": "text",
+    "md": "text",
+    "json": "json",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "csv": "csv",
+    "parquet": "parquet",
+}
 COMPRESSIONS = ("gz", "zst")
 FORMAT_NAMES = ", ".join(FORMATS) + ", each also ." + " or .".join(COMPRESSIONS)
 HUB_SECONDS = 10
@@ -24,10 +34,11 @@ class Source:
 
     Attributes:
         files: the files with content and the format of each, in order; none for a dataset on the Hub.
-        num_empty: number of empty files.
+        num_empty: number of files of 0 bytes.
         num_bytes: size of all files.
         fingerprint: sha256; changes if the names, sizes or times of the files, or the revision on the Hub, change.
         stamps: `disk.stamp` of each file, also of the empty ones, when it was found.
+        skipped: names of the files that are not read, by the reason: a suffix, "hidden", "read already", ...
     """
 
     files: list[tuple[Path, str]]
@@ -35,6 +46,7 @@ class Source:
     num_bytes: int
     fingerprint: str
     stamps: dict[Path, tuple[int, int, int]]
+    skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def check_unchanged(self) -> None:
         """Raises UserError if a file was changed since it was found."""
@@ -43,12 +55,34 @@ class Source:
                 raise UserError(f"{path} was changed while it was tokenized; start again when it is complete")
 
 
+def describe_files(path: str, read: dict[str, list], skipped: dict[str, list]) -> str:
+    """Returns one line: how many files of which kinds were read and skipped; a single one by name.
+
+    Args:
+        path: the value of --dataset-path.
+        read, skipped: kind -> [number of files, name of the first one].
+    """
+
+    def count(kinds: dict[str, list]) -> str:
+        parts = [f"{number} {kind}" + (f" ({name})" if number == 1 else "") for kind, (number, name) in kinds.items()]
+        return ", ".join(parts) or "none"
+
+    return f"files of {path}: read {count(read)}; skipped {count(skipped)}"
+
+
+def kind_of(path: Path) -> str:
+    """Returns the suffix of a file name, with that before a compression: ".jsonl", ".csv.gz" or "without a suffix"."""
+    suffixes = path.name.lower().split(".")[1:]
+    if not suffixes:
+        return "without a suffix"
+    count = 2 if suffixes[-1] in COMPRESSIONS and len(suffixes) > 1 else 1
+    return "." + ".".join(suffixes[-count:])
+
+
 def data_exists(dataset_path: str) -> bool:
     """Returns whether a file or folder of that name, or one that matches the pattern, is on this machine."""
-    path = str(Path(dataset_path).expanduser())
-    return bool(dataset_path) and (
-        Path(path).exists() or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))
-    )
+    path = Path(dataset_path).expanduser()
+    return bool(dataset_path) and (path.exists() or (glob.has_magic(dataset_path) and any(_match(path))))
 
 
 def content_fingerprint(dataset_path: str) -> str:
@@ -70,7 +104,7 @@ def content_fingerprint(dataset_path: str) -> str:
 
 
 def find_source(config: DataConfig) -> Source:
-    """Finds the files, or the dataset on the Hub, that `config.dataset_path` means.
+    """Finds the files, or the dataset on the Hub, that `config.dataset_path` means. An existing path is no pattern.
 
     Raises:
         UserError: there is no such data, no file of a known format, or no file with content.
@@ -79,7 +113,8 @@ def find_source(config: DataConfig) -> Source:
     path = Path(given).expanduser()
     if not (path.is_file() or path.is_dir() or glob.has_magic(given)):
         return _find_hub_dataset(config)
-    paths = _find_files(given)
+    found = _find_files(given)
+    paths = found.paths
     names = [str(each.relative_to(path)) if path.is_dir() else each.name for each in paths]
     stamps = {each: disk.stamp(each) for each in paths}
     identity = [(name, *stamps[each][:2]) for name, each in zip(names, paths, strict=True)]
@@ -92,22 +127,65 @@ def find_source(config: DataConfig) -> Source:
         num_bytes=sum(size for size, *_ in stamps.values()),
         fingerprint=_hash(identity),
         stamps=stamps,
+        skipped=found.skipped,
     )
 
 
-def _find_files(given: str) -> list[Path]:
-    """Returns the files of known formats, sorted, that a file name, folder or pattern means."""
-    path = Path(given).expanduser()
-    if path.is_file():
-        if _format(path) is None:
-            raise UserError(f"--dataset-path {given}: unknown format; expected {FORMAT_NAMES}")
-        return [path]
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    paths = sorted(each for each in found if each.is_file() and _format(each))
-    if not paths:
+class _Finder:
+    """Collects files of known formats, each real file once, and the names of those that are skipped."""
+
+    def __init__(self):
+        self.paths: list[Path] = []
+        self.skipped: dict[str, list[str]] = {}
+        self._seen: set[tuple[int, int]] = set()  # device and inode of each file and folder
+
+    def add(self, path: Path) -> None:
+        """Adds a file, or all files below a folder, in the order of their names, except hidden ones."""
+        try:
+            stat = path.stat()
+            identity = (stat.st_dev, stat.st_ino)
+            if path.is_file() and not _format(path):
+                self._skip(path, kind_of(path))
+            elif identity in self._seen:
+                self._skip(path, "read already under another name")
+            elif path.is_dir():
+                self._seen.add(identity)
+                for each in sorted(path.iterdir()):
+                    if each.name.startswith("."):
+                        self._skip(each, "hidden")
+                    else:
+                        self.add(each)
+            elif path.is_file():
+                self._seen.add(identity)
+                self.paths.append(path)
+        except OSError as error:
+            if not path.is_symlink():
+                raise UserError(f"{path}: not readable: {error.strerror}") from None
+            self._skip(path, "broken link")
+
+    def _skip(self, path: Path, reason: str) -> None:
+        self.skipped.setdefault(reason, []).append(path.name)
+
+
+def _find_files(given: str) -> _Finder:
+    """Finds the files of known formats that a file name, folder or pattern means."""
+    path, found = Path(given).expanduser(), _Finder()
+    if path.is_file() and _format(path) is None:
+        raise UserError(f"--dataset-path {given}: unknown format; expected {FORMAT_NAMES}")
+    for each in [path] if path.exists() else sorted(_match(path)):
+        found.add(each)
+    if not found.paths:
         what = "the folder has no file of a known format" if path.is_dir() else "no file of a known format matches"
         raise UserError(f"--dataset-path {given}: {what}: {FORMAT_NAMES}")
-    return paths
+    return found
+
+
+def _match(pattern: Path) -> Iterator[Path]:
+    """Yields what matches a pattern; the folders at its start that exist are names, even with brackets in them."""
+    parts, base = list(pattern.parts), Path()
+    while len(parts) > 1 and (base / parts[0]).is_dir():
+        base /= parts.pop(0)
+    yield from (base / name for name in glob.iglob("/".join(parts), root_dir=base, recursive=True))
 
 
 def _find_hub_dataset(config: DataConfig) -> Source:
@@ -132,12 +210,15 @@ def _find_hub_dataset(config: DataConfig) -> Source:
     )
 
 
+def count_kinds(paths: list[Path]) -> dict[str, list]:
+    """Returns, for each kind of file, [number of files, name of the first one]."""
+    counts = Counter(map(kind_of, paths))
+    return {kind: [counts[kind], next(p.name for p in paths if kind_of(p) == kind)] for kind in sorted(counts)}
+
+
 def _format(path: Path) -> str | None:
     """Returns the format of a file by its suffix before .gz or .zst; None if it is unknown."""
-    suffixes = path.name.lower().split(".")[1:]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return FORMATS.get(suffixes[-1]) if suffixes else None
+    return FORMATS.get(kind_of(path).split(".")[1]) if "." in kind_of(path) else None
 
 
 def _hash(identity: list) -> str:

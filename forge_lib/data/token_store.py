@@ -21,7 +21,7 @@ import numpy as np
 from forge_lib import disk
 from forge_lib.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: without begin tokens, and with another fingerprint of the tokenizer; still read
 DATA_FILES = {"tokens.bin", "documents.bin"}
 STORE_FILES = {*DATA_FILES, "manifest.json"}
 MANIFEST_BYTES = 1 << 24  # a larger file is not a manifest
@@ -170,6 +170,19 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     _count(tokenizer["vocab_size"])
     if not isinstance(tokenizer["name"], str) or not isinstance(tokenizer["fingerprint"], str):
         raise ValueError("tokenizer without a name or a fingerprint")
+    if manifest["format_version"] == 1:
+        return
+    for count in (manifest["num_empty_documents"], manifest["longest_document"], manifest["shortest_document"]):
+        _count(count)
+    for count in (*manifest["special_tokens_in_text"].values(), *tokenizer["begin_ids"], tokenizer["end_id"]):
+        _count(count)
+    source = manifest["source"]
+    for count, example in (*source["read"].values(), *source["skipped"].values()):
+        _count(count)
+        if not isinstance(example, str):
+            raise ValueError(f"files {example!r:.50}")
+    if not isinstance(source["path"], str) or not isinstance(manifest["options"]["special_tokens_in_text"], str):
+        raise ValueError("no path of the source, or no options")
 
 
 def _count(value: Any) -> int:

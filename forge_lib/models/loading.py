@@ -3,6 +3,8 @@
 from __future__ import annotations  # names of transformers in signatures are not imported
 
 import functools
+import inspect
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from torch import nn
 
 from forge_lib.config import ModelConfig, ModelNameConfig
 from forge_lib.errors import UserError, first_line
+from forge_lib.models.weight_files import check_loaded_keys, check_weight_files, has_weights
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 HUB_SECONDS = 5
 
 
@@ -33,23 +35,26 @@ def load_trained_model(config: ModelNameConfig) -> transformers.PreTrainedModel:
     """
     if not has_weights(config.model_name):
         raise UserError(f"--model-name {config.model_name}: the folder has no weights; name a trained model")
-    return _load(transformers.AutoModelForCausalLM.from_pretrained, config, dtype=torch.float32).eval()
+    check_weight_files(config.model_name)
+    return _drop_unknown_use_cache(_load_weights(config)).eval()
 
 
 def load_model(config: ModelConfig, vocab_size: int, sequence_length: int) -> transformers.PreTrainedModel:
-    """Loads a model for training, in fp32 on the CPU.
+    """Loads a model for training, in fp32 on the CPU; `adapt_model` then applies LoRA and the like.
 
     Its weights are the pretrained ones. If there are none, or with `from_scratch`, they are random, drawn from torch's
-    global generator. With `lora_rank`, the weights are frozen and adapters are added to all linear layers.
+    global generator.
 
     Args:
         config: which model, and how it is trained.
-        vocab_size: number of tokens in the tokenizer's vocabulary.
+        vocab_size: largest token id of the tokenizer + 1.
         sequence_length: tokens per sequence in training.
 
     Raises:
-        UserError: no such model, or its vocabulary or number of positions is too small.
+        UserError: no such model, weights that cannot be loaded, or too small a vocabulary or number of positions.
     """
+    if not config.from_scratch:
+        check_weight_files(config.model_name)
     model_config = _load(transformers.AutoConfig.from_pretrained, config)
     check_positions(model_config, sequence_length)
     text_config = model_config.get_text_config()
@@ -61,18 +66,32 @@ def load_model(config: ModelConfig, vocab_size: int, sequence_length: int) -> tr
     for name, value in text_config.to_dict().items():
         if (name.endswith("pdrop") or "dropout" in name) and isinstance(value, float):
             setattr(text_config, name, config.dropout)
-    auto_model = transformers.AutoModelForCausalLM
     if has_weights(config.model_name) and not config.from_scratch:
-        model = _load(auto_model.from_pretrained, config, config=model_config, dtype=torch.float32)
+        model = _load_weights(config, config=model_config)
     else:
-        options = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
-        model = auto_model.from_config(model_config, **options)
-    model.train()
+        model = _load(transformers.AutoModelForCausalLM.from_config, config, model_config, dtype=torch.float32)
+    check_usable_positions(model, sequence_length)
+    return _drop_unknown_use_cache(model).train()
+
+
+def adapt_model(model: transformers.PreTrainedModel, config: ModelConfig) -> nn.Module:
+    """Applies gradient checkpointing, LoRA and torch.compile, as configured.
+
+    Raises:
+        UserError: one of them does not work with this model.
+    """
+    kind = model.config.model_type
     if config.gradient_checkpointing:
         model.config.use_cache = False
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"--gradient-checkpointing does not work with {kind} ({first_line(error)})") from None
     if config.lora_rank:
-        model = _add_lora(model, config)
+        try:
+            model = _add_lora(model, config)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"--lora-rank does not work with {kind} ({first_line(error)})") from None
     if config.compile:
         model.compile()  # in place: the names and types of the model's parts do not change
     return model
@@ -107,49 +126,69 @@ def model_exists(model_name: str) -> bool:
     return isinstance(try_to_load_from_cache(model_name, "config.json"), str) or _is_hub_reachable()
 
 
-def has_weights(model_name: str) -> bool:
-    """Returns whether a model comes with weights: a local folder may have only a config and a tokenizer."""
-    path = Path(model_name).expanduser()
-    return not path.is_dir() or any(any(path.glob(pattern)) for pattern in WEIGHT_FILES)
-
-
 def check_positions(model_config: transformers.PreTrainedConfig, sequence_length: int) -> None:
     """Raises UserError if the sequences are longer than the model's positions."""
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if positions and sequence_length > positions:
-        raise UserError(
-            f"--sequence-length {sequence_length} is longer than the model's {positions} positions; "
-            f"use --sequence-length {positions} or less"
-        )
+    if positions and 0 < positions < sequence_length:  # XLNet has -1: no limit
+        raise _too_long(sequence_length, positions)
 
 
-@torch.no_grad()
-def check_document_mask(model: nn.Module) -> None:
-    """Raises UserError if `position_ids` that restart at each document do not separate documents in this model.
+def check_usable_positions(model: nn.Module, sequence_length: int) -> None:
+    """Raises UserError if the sequences are longer than the positions of a model that reserves some for padding.
 
-    It compares the logits of a document that follows another one with its logits alone.
+    RoBERTa and its relatives number the positions from `padding_idx` + 1.
     """
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(2, 10)[None] % model.config.get_text_config().vocab_size
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
-    try:
-        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:]
-        alone = model(input_ids=ids[:, 4:], use_cache=False).logits
-        is_separate = torch.allclose(packed, alone, atol=1e-4, rtol=1e-3)
-    except TypeError:  # the model has no position_ids
-        is_separate = False
-    model.train(was_training)
-    if not is_separate:
-        raise UserError(f"--mask-documents has no effect on models of type {model.config.model_type}; remove the flag")
+    for name, module in model.named_modules():
+        is_table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if is_table and module.padding_idx is not None:
+            usable = module.num_embeddings - module.padding_idx - 1
+            if sequence_length > usable:
+                raise _too_long(sequence_length, usable)
 
 
-def _load(loader: Callable[..., Any], config: ModelNameConfig, /, **options: Any) -> Any:
-    """Calls a `from_pretrained` function of transformers; raises UserError if the model cannot be loaded."""
-    source = _find_model(config)
+def _too_long(sequence_length: int, positions: int) -> UserError:
+    return UserError(
+        f"--sequence-length {sequence_length} is longer than the model's {positions} positions; "
+        f"use --sequence-length {positions} or less"
+    )
+
+
+def _load_weights(config: ModelNameConfig, /, **options: Any) -> transformers.PreTrainedModel:
+    """Loads a model with its weights; raises UserError if they are damaged, or some of them are in no file."""
+
+    def load(**options: Any) -> tuple[transformers.PreTrainedModel, dict]:
+        try:
+            return transformers.AutoModelForCausalLM.from_pretrained(**options)
+        except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
+            raise UserError(
+                f"--model-name {config.model_name}: the weights are damaged, or do not fit config.json "
+                f"({first_line(error)}); copy them again, or give --from-scratch for random weights"
+            ) from None
+
+    model, found = _load(load, config, dtype=torch.float32, output_loading_info=True, **options)
+    missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
+    check_loaded_keys(config.model_name, missing, unexpected, type(model).__name__)
+    return model
+
+
+def _drop_unknown_use_cache(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Lets a model without the argument `use_cache` ignore it, since all others need it."""
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+
+        def drop(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return args, {name: value for name, value in kwargs.items() if name != "use_cache"}
+
+        model.register_forward_pre_hook(drop, with_kwargs=True)
+    return model
+
+
+def _load(loader: Callable[..., Any], config: ModelNameConfig, /, *args: Any, **options: Any) -> Any:
+    """Calls a function of transformers that loads a model or a part; raises UserError if it cannot be loaded."""
+    source = {"trust_remote_code": config.trust_remote_code} if args else _find_model(config)
     try:
-        return loader(**source, **options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        return loader(*args, **source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         offline = "; the Hub cannot be reached from this machine" if source.get("local_files_only") else ""
         raise UserError(
             f"--model-name {config.model_name}: neither a local model folder nor a model on the Hub that can be "

@@ -9,7 +9,10 @@ from accelerate.utils import gather
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from forge_lib.models.generation import generate_text
+from forge_lib.data.corpus import begins_documents
+from forge_lib.data.tokenizing import prompt_ids
+from forge_lib.models.evaluation_mode import evaluation_mode
+from forge_lib.models.generation import generate_ids
 from forge_lib.models.loss import evaluation_sums
 from forge_lib.training.run import Run
 from forge_lib.training.totals import sum_dtype
@@ -25,6 +28,7 @@ def evaluate_model(
     batch_size: int,
     tokens_per_byte: float,
     barrier: Callable[[], object] = lambda: None,
+    use_copy: bool = False,
 ) -> dict[str, float]:
     """Returns eval_tokens, loss, perplexity, bits_per_byte and next_token_accuracy over all blocks of `dataset`.
 
@@ -36,20 +40,18 @@ def evaluate_model(
         dataset: a BlockDataset; each process evaluates every num_processes-th block.
         batch_size: sequences per forward pass.
         tokens_per_byte: tokens of the data per UTF-8 byte of it.
+        use_copy: of `evaluation_mode`.
         barrier: waits for the other processes before the sums are gathered; it may take up to an hour.
     """
     from forge_lib.training.evaluation_metrics import compute_metrics  # evaluate and datasets: seconds of imports
 
-    was_training = model.training
-    model = accelerator.unwrap_model(model)
-    model.eval()
     mine = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
     sums = torch.zeros(3, dtype=torch.float64)
-    for batch in DataLoader(mine, batch_size=batch_size):
-        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        with accelerator.autocast():
-            sums += torch.tensor(evaluation_sums(model, batch), dtype=torch.float64)
-    model.train(was_training)
+    with evaluation_mode(accelerator.unwrap_model(model), use_copy) as evaluated:
+        for batch in DataLoader(mine, batch_size=batch_size):
+            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+            with accelerator.autocast():
+                sums += torch.tensor(evaluation_sums(evaluated, batch), dtype=torch.float64)
     barrier()
     rows = gather(sums.to(accelerator.device, sum_dtype(accelerator.device))[None]).cpu().double()
     return compute_metrics(rows.numpy(), tokens_per_byte)
@@ -66,6 +68,7 @@ def evaluate(run: Run, model: nn.Module) -> None:
             run.config.micro_batch_size,
             run.inputs.eval_tokens_per_byte,
             barrier=lambda: run.peers.barrier(f"evaluated/{run.step}"),
+            use_copy=run.inputs.changes_in_evaluation,
         )
     results["eval_loss"] = results.pop("loss")
     run.log_evaluation(results)
@@ -75,8 +78,11 @@ def write_sample(run: Run, model: nn.Module) -> None:
     """Lets the main process generate some text; the other processes wait for it. Call on all processes."""
     run.peers.set_status("writing a sample")
     if run.accelerator.is_main_process:
-        model = run.accelerator.unwrap_model(model)
-        text = generate_text(model, run.inputs.tokenizer, run.config.sample_prompt, run.config.seed)
+        tokenizer = run.inputs.tokenizer
+        prompt = prompt_ids(tokenizer, run.config.sample_prompt, begins_documents(run.inputs.store))
+        with evaluation_mode(run.accelerator.unwrap_model(model), run.inputs.changes_in_evaluation) as evaluated:
+            ids = generate_ids(evaluated, prompt, tokenizer.eos_token_id, run.config.seed)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
         run.log.write(step=run.step, event="sample", text=text)
         logger.info(f"step {run.step}: sample: {text}")
     run.peers.barrier(f"sample/{run.step}")

@@ -10,13 +10,16 @@ import transformers
 from forge_lib.config import TrainConfig, flag_name
 from forge_lib.data.batches import BatchPlan
 from forge_lib.data.blocks import BlockDataset, TokenStream, split_documents
-from forge_lib.data.corpus import prepare_store, tokenizer_fingerprint
+from forge_lib.data.corpus import describe_store, prepare_store
 from forge_lib.data.files import data_exists
 from forge_lib.data.token_store import TokenStore, is_store, open_store, received_folder, verify_store
+from forge_lib.data.tokenizing import splitting_fingerprint, tokenizer_fingerprint, vocabulary_size
 from forge_lib.distributed.agreement import compare_inputs
 from forge_lib.distributed.facts import InputFacts
+from forge_lib.models.checking import check_model
 from forge_lib.models.fingerprints import hash_config, hash_weights
-from forge_lib.models.loading import check_document_mask, has_weights, load_model, load_tokenizer, model_exists
+from forge_lib.models.loading import adapt_model, load_model, load_tokenizer, model_exists
+from forge_lib.models.weight_files import has_weights
 from forge_lib.training.fetch import fetch
 from forge_lib.training.session import Session
 
@@ -45,6 +48,8 @@ class Inputs:
         plan: which blocks each step takes.
         identity: what must not change when a run is continued, for `state.json`.
         warnings: harmless differences between the machines, for the log.
+        notes: which files were read, and whether the weights are random, for the log.
+        changes_in_evaluation: whether the model changes its weights in evaluation mode.
     """
 
     tokenizer: "transformers.PreTrainedTokenizerBase"
@@ -56,6 +61,8 @@ class Inputs:
     plan: BatchPlan
     identity: dict
     warnings: list[str]
+    notes: list[str]
+    changes_in_evaluation: bool
 
     @property
     def eval_tokens_per_byte(self) -> float:
@@ -82,9 +89,12 @@ def load_inputs(session: Session) -> Inputs:
     fetch_model(session)
     tokenizer = load_tokenizer(config)
     torch.manual_seed(config.seed)
-    model = load_model(config, len(tokenizer), config.sequence_length)
-    if config.mask_documents:
-        check_document_mask(model)
+    model = load_model(config, vocabulary_size(tokenizer), config.sequence_length)
+    changes_in_evaluation = check_model(model, config.mask_documents)
+    if changes_in_evaluation:  # the check has changed it
+        torch.manual_seed(config.seed)
+        model = load_model(config, vocabulary_size(tokenizer), config.sequence_length)
+    model = adapt_model(model, config)
     store = eval_store = fetch_store(session, "dataset_path", tokenizer)
     if config.eval_dataset_path:
         eval_store = fetch_store(session, "eval_dataset_path", tokenizer)
@@ -106,8 +116,27 @@ def load_inputs(session: Session) -> Inputs:
         },
     )
     warnings = compare_inputs(peers.all_gather(facts, "inputs"))
-    identity = describe_identity(config, model, store) | {"initial_weights": "random" if is_random else weights}
-    return Inputs(tokenizer, model, store, eval_store, dataset, eval_dataset, plan, identity, warnings)
+    identity = describe_identity(config, model, store, tokenizer) | {
+        "initial_weights": "random" if is_random else weights
+    }
+    notes = ["random weights" + (" (--from-scratch)" if config.from_scratch else ": the model folder has none")]
+    notes = (notes if is_random else []) + describe_store(store, tokenizer, config)
+    if eval_store is not store:
+        eval_data = dataclasses.replace(config, dataset_path=config.eval_dataset_path, eval_dataset_path="")
+        notes += describe_store(eval_store, tokenizer, eval_data)
+    return Inputs(
+        tokenizer,
+        model,
+        store,
+        eval_store,
+        dataset,
+        eval_dataset,
+        plan,
+        identity,
+        warnings,
+        notes,
+        changes_in_evaluation,
+    )
 
 
 def fetch_model(session: Session) -> None:
@@ -164,12 +193,17 @@ def make_datasets(
     )
 
 
-def describe_identity(config: TrainConfig, model: torch.nn.Module, store: TokenStore) -> dict:
+def describe_identity(
+    config: TrainConfig,
+    model: torch.nn.Module,
+    store: TokenStore,
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+) -> dict:
     """Returns what identifies a run, whatever its length and learning rate."""
     return {
         "data": store.fingerprint,
         "model_config": hash_config(model),
-        "tokenizer": store.manifest["tokenizer"]["fingerprint"],
+        "tokenizer": splitting_fingerprint(tokenizer),  # how documents begin and end is part of the data
         "model": f"{model.config.model_type} of {sum(p.numel() for p in model.parameters()):,} parameters",
         **{name: getattr(config, name) for name in FIXED_FLAGS},
     }

@@ -6,7 +6,10 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from accelerate.tracking import get_available_trackers
 
 from forge_lib.config import TrainConfig
@@ -15,6 +18,21 @@ from forge_lib.disk import partial_path
 from forge_lib.errors import UserError
 
 logger = logging.getLogger("forge")
+
+
+def to_json(row: dict) -> dict:
+    """Returns a row with numbers that JSON has: numpy's become Python's, and inf and nan become null, at any depth."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: convert(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [convert(each) for each in value]
+        if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+            return convert(value.tolist())
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return convert(row)
 
 
 class MetricsLog:
@@ -36,11 +54,10 @@ class MetricsLog:
         """Appends a row; floats that JSON lacks (inf, nan) become null. A full disk loses the row only."""
         if not self._path:
             return
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(to_json(row), ensure_ascii=False) + "\n")
         except OSError as error:
             with suppress(OSError):
                 os.truncate(self._path, size)  # remove the incomplete row

@@ -143,7 +143,8 @@ class Run:
         self._timeout = GroupTimeout(self.accelerator, self.inputs.model, self.config.timeout_seconds)
         for line in (*self._session.agreement.warnings, *self.inputs.warnings, *lines):
             logger.warning(line)
-        logger.info(describe_world(self._session.agreement))
+        for line in (describe_world(self._session.agreement), *self.inputs.notes):
+            logger.info(line)
         logger.info(describe_batches(self.config, self.inputs.plan, self._shares))
         if self._trackers:
             self.accelerator.init_trackers("p2p-llm-forge", config=dataclasses.asdict(self.config))

@@ -14,6 +14,7 @@ from forge_lib.config import TrainConfig
 from forge_lib.data.files import data_exists
 from forge_lib.distributed.agreement import Agreement, agree
 from forge_lib.distributed.device import choose_device
+from forge_lib.distributed.environment import check_environment
 from forge_lib.distributed.facts import local_facts
 from forge_lib.distributed.lock import RunLock
 from forge_lib.distributed.peers import Peers
@@ -81,6 +82,7 @@ def join(config: TrainConfig, world: World, peers: Peers, lock: RunLock) -> Sess
     Raises:
         UserError: the machines differ in something that must be equal, or the run folder is in use or not writable.
     """
+    check_environment()
     device = choose_device(config.device, world)
     if world.is_local_main:
         make_folder(lock.folder, world)

@@ -120,8 +120,8 @@ def test_bytes_that_are_not_text_are_reported_with_file_and_offset(tmp_path, tok
     ("name", "data", "options", "message"),
     [
         ("x.jsonl", b'{"body": "a"}\n', {}, r"no column 'text'; it has 'body': name one of them with --text-column"),
-        ("x.jsonl", b'{"text": 3}\n', {}, "has a value of type int, expected text"),
-        ("x.jsonl", b'{"text": "a"\n', {}, "not readable as json"),
+        ("x.jsonl", b'{"text": 3}\n', {}, "line 1: column 'text' has the number 3 without quotes, expected text"),
+        ("x.jsonl", b'{"text": "a"\n', {}, "line 1 is not JSON: Expecting ',' delimiter at character 13"),
         ("x.jsonl", b'{"text": "\xff"}\n', {}, "offset 10 is not UTF-8"),
         ("x.txt", b" \n\n", {}, "no text except white space"),
         ("x.txt", b"", {}, "empty: 1 file"),

@@ -1,24 +1,37 @@
 """Models and tokenizers from folders, from the Hub's cache and from .gguf files."""
 
+import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from commands import ROOT
-from small_models import GPT2, build_model
-from transformers import GPT2Config, MambaConfig
+from safetensors.torch import save_file
+from small_models import GPT2, LLAMA, build_model
+from transformers import (
+    CTRLConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    OpenAIGPTConfig,
+    RobertaConfig,
+    T5Config,
+    XLNetConfig,
+)
 
 from forge_lib.config import ModelConfig, ModelNameConfig
 from forge_lib.errors import UserError
 from forge_lib.models.fingerprints import hash_weights
 from forge_lib.models.loading import (
-    check_document_mask,
-    has_weights,
+    adapt_model,
     load_model,
     load_tokenizer,
     load_trained_model,
     model_exists,
 )
+from forge_lib.models.weight_files import has_weights
 
 TINY = str(ROOT / "data" / "tiny_gpt2")
 
@@ -70,13 +83,6 @@ def test_a_trained_folder_is_loaded_with_its_weights_unless_from_scratch(trained
     assert hash_weights(loaded) == hash_weights(kept) != hash_weights(fresh)
 
 
-def test_a_model_that_ignores_position_ids_cannot_mask_documents(tmp_path):
-    check_document_mask(build_model(GPT2, tmp_path / "gpt2"))
-    config = MambaConfig(vocab_size=97, hidden_size=16, state_size=4, num_hidden_layers=1)
-    with pytest.raises(UserError, match="--mask-documents has no effect on models of type mamba"):
-        check_document_mask(build_model(config, tmp_path / "mamba"))
-
-
 def write_gguf(path: Path) -> dict[str, torch.Tensor]:
     """Writes a Llama of random weights with the gguf package, in llama.cpp's layout; returns its weights."""
     import gguf
@@ -125,3 +131,143 @@ def test_a_gguf_file_is_loaded_as_transformers_reads_it(tmp_path):
     model = load_model(config, len(tokenizer), 32)
     assert torch.equal(model.model.embed_tokens.weight, weights["token_embd.weight"])
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, weights["blk.0.ffn_down.weight"])
+
+
+def save(folder: Path, config=LLAMA) -> Path:
+    """Writes a model with random weights, in shards, and returns its folder."""
+    build_model(config, folder / "config").save_pretrained(folder / "model", max_shard_size="20KB")
+    return folder / "model"
+
+
+def load(folder: Path, sequence_length: int = 32, **options):
+    options = ModelConfig(model_name=str(folder), **options)
+    return adapt_model(load_model(options, 97, sequence_length), options)
+
+
+def rename(folder: Path, new_name) -> None:
+    """Renames the tensors of a model to what `new_name` returns for each; None leaves one out."""
+    model = load(folder)
+    tensors = {new_name(name): tensor.clone() for name, tensor in model.state_dict().items() if new_name(name)}
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def only(folder: Path, name: str) -> None:
+    """Leaves one file of weights, under another name."""
+    first, *rest = sorted(folder.glob("model*"))
+    for path in rest:
+        path.unlink()
+    first.rename(folder / name)
+
+
+def make_pointer(folder: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1\n"
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(pointer)
+
+
+WEIGHTS = {
+    "no shards": (lambda f: [p.unlink() for p in f.glob("*.safetensors")], r"lacks \d+ of the files in model.*index"),
+    "a missing shard": (lambda f: min(f.glob("*.safetensors")).unlink(), "lacks 1 of the files in model.*model-0000"),
+    "a damaged index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json is damaged"),
+    **{
+        f"{name} alone": (lambda f, name=name: only(f, name), f"found {re.escape(name)}, which cannot be loaded")
+        for name in ("tf_model.h5", "flax_model.msgpack", "model.pth", "model.safetensors.part", "consolidated.00.pth")
+    },
+    "keys of DDP": (lambda f: rename(f, "module.{}".format), r"lack 21 tensor.*does not know: module\.lm_head"),
+    "a missing layer": (lambda f: rename(f, lambda n: None if "layers.1" in n else n), r"lack 9 .*layers\.1"),
+    "a missing output layer": (
+        lambda f: rename(f, lambda n: None if "lm_head" in n else n),
+        r"lack 1 .*lm_head.weight",
+    ),
+    "pointers of Git LFS": (make_pointer, "is a Git LFS pointer.*git lfs pull"),
+    "a cut file": (lambda f: [os.truncate(p, 1000) for p in f.glob("*.safetensors")], "weights are damaged"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_that_do_not_load_are_an_error_unless_from_scratch(tmp_path, case):
+    """Otherwise transformers replaces them by random ones."""
+    change, message = WEIGHTS[case]
+    folder = save(tmp_path)
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        load(folder)
+    with pytest.raises(UserError, match=rf"{message}|has no weights"):
+        load_trained_model(ModelNameConfig(model_name=str(folder)))
+    assert load(folder, from_scratch=True)
+
+
+@pytest.mark.parametrize("content", ["cut", "pointer", "text", "empty"])
+def test_a_pytorch_model_bin_that_cannot_be_read_is_one_line(tmp_path, content):
+    folder = save(tmp_path)
+    torch.save(load(folder).state_dict(), folder / "pytorch_model.bin")
+    for path in folder.glob("model*"):
+        path.unlink()
+    assert load(folder)
+    path = folder / "pytorch_model.bin"
+    data = {"cut": path.read_bytes()[:-500], "text": b"hello", "empty": b"", "pointer": b"version https://git-lfs..."}
+    path.write_bytes(data[content])
+    with pytest.raises(UserError, match=r"weights are damaged|Git LFS pointer") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_tied_weights_and_recomputed_tensors_need_no_file(tmp_path):
+    """The output layer of GPT-2 is its embedding; older files have the causal masks that are computed now."""
+    folder = save(tmp_path, GPT2)
+    rename(folder, lambda name: None if "lm_head" in name else name)
+    assert torch.equal(load(folder).lm_head.weight, load(folder).transformer.wte.weight)
+    tied = LlamaConfig(**LLAMA.to_dict() | {"tie_word_embeddings": True})
+    folder = save(tmp_path / "tied", tied)
+    rename(folder, lambda name: None if "lm_head" in name else name)
+    assert load(folder)
+
+
+def test_a_vocabulary_larger_than_the_weights_is_one_line(tmp_path):
+    folder = save(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    with pytest.raises(UserError, match=r"the weights are damaged, or do not fit config\.json"):
+        load(folder)
+
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+OPENAI = OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=2)
+MAMBA = MambaConfig(vocab_size=97, hidden_size=16, state_size=4, num_hidden_layers=1)
+ROBERTA = RobertaConfig(**SIZES, is_decoder=True, max_position_embeddings=34, pad_token_id=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (OPENAI, {"gradient_checkpointing": True}, "--gradient-checkpointing does not work with openai-gpt"),
+        (
+            CTRLConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=2, dff=8),
+            {"gradient_checkpointing": True},
+            "with ctrl",
+        ),
+        (MAMBA, {"lora_rank": 4}, "--lora-rank does not work with mamba"),
+        (T5Config(vocab_size=97, d_model=16, num_layers=1, d_ff=16, num_heads=2), {}, "can be loaded"),
+        (ROBERTA, {"sequence_length": 33}, "--sequence-length 33 is longer than the model's 32 positions"),
+        (XLNetConfig(vocab_size=97, d_model=16, n_layer=1, n_head=2, d_inner=16), {}, None),
+        (ROBERTA, {}, None),
+        (OPENAI, {}, None),
+    ],
+)
+def test_what_a_model_does_not_support_is_one_line_that_names_the_flag(tmp_path, config, options, message):
+    config.save_pretrained(tmp_path)
+    if message is None:
+        ids = torch.arange(32)[None]
+        assert load(tmp_path, **options)(input_ids=ids, use_cache=False).logits.shape == (1, 32, 97)
+        return
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path, **options)
+    assert "\n" not in str(error.value)

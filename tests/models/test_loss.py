@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_models import GPT2, LLAMA, build_model
+from transformers import MixtralConfig
 
 from forge_lib.config import IGNORED_LABEL
 from forge_lib.data.blocks import BlockDataset, TokenStream
@@ -61,3 +62,21 @@ def test_masked_documents_have_the_loss_of_single_documents(model):
     assert packed == pytest.approx(alone, rel=1e-5)
     del batch["position_ids"]
     assert abs(loss_sum(model, batch).item() - packed) > 1e-3, "the mask must make a difference here"
+
+
+def test_the_balance_of_experts_is_part_of_the_loss_if_the_configuration_asks_for_it(tmp_path, batch):
+    """As transformers adds it; each micro-batch counts by its targets, and an evaluation reports the text alone."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(**sizes, output_router_logits=True, router_aux_loss_coef=0.5)
+    model = build_model(config, tmp_path / "balanced")
+    plain = build_model(MixtralConfig(**sizes, router_aux_loss_coef=0.5), tmp_path / "plain")
+    outputs = model(batch["input_ids"], labels=batch["labels"])
+    assert (loss_sum(model, batch) / (3 * 27)).item() == pytest.approx(outputs.loss.item(), rel=1e-5)
+    text_alone = loss_sum(plain, batch).item()
+    assert outputs.aux_loss.item() > 1
+    assert loss_sum(model, batch).item() == pytest.approx(text_alone + 0.5 * outputs.aux_loss.item() * 81, rel=1e-5)
+    assert evaluation_sums(model, batch)[0] == pytest.approx(text_alone, rel=1e-6)
+    parts = [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(0, 1), slice(1, 3))]
+    divided = sum(loss_sum(model, part).item() for part in parts)
+    assert divided == pytest.approx(loss_sum(model, batch).item(), rel=0.02)

@@ -15,7 +15,7 @@ import torch
 from commands import BIN, QUIET, SHORT, accelerate_launcher
 from run_folders import losses, rows, wait_for_step
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, RwkvConfig, pipeline
 
 from forge_lib.checkpoints import format as checkpoint
 from forge_lib.config import TrainConfig
@@ -324,3 +324,23 @@ def test_gradients_in_fp16_travel_in_half_the_bytes_to_nearly_the_same_losses(tr
     assert rows(folder)[-1]["bytes_sent"] == 2 * num_parameters
     found, expected = np.array(losses(folder)), np.array(losses(trained))
     assert 1e-7 < np.abs(found / expected - 1).max() < 2e-3
+
+
+def test_evaluations_and_samples_do_not_change_what_is_trained(train, tmp_path):
+    """RWKV changes its weights in evaluation mode. Its final model equals that of a run without evaluations."""
+    folder = tmp_path / "rwkv"
+    AutoTokenizer.from_pretrained("data/tiny_gpt2").save_pretrained(folder)
+    RwkvConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=4, rescale_every=2).save_pretrained(folder)
+    flags = [*FLAGS, "--model-name", str(folder), "--max-steps", "4", "--eval-fraction", "0.01"]
+    plain, ended = train(*flags, folder="plain")
+    assert ended.code == 0, ended.output
+    assert "random weights: the model folder has none" in ended.output
+    watched, ended = train(
+        *flags, "--eval-every", "1", "--sample-every", "2", "--checkpoint-every", "2", folder="watched"
+    )
+    assert ended.code == 0, ended.output
+    assert sha256(watched) == sha256(plain)
+    assert losses(watched) == losses(plain)
+    loaded = load_file(watched / "checkpoints" / "step-00000004" / "model.safetensors")
+    final = load_file(watched / "final" / "model.safetensors")
+    assert all(torch.equal(final[name], loaded[name]) for name in final)
