@@ -99,7 +99,10 @@ def encoder(folder):
 
 def encoder_and_decoder(folder):
     save_with_tokenizer(folder, T5Config(d_model=8, num_layers=1, d_ff=8, num_heads=1))
-    return ["--model-name", folder], "can be loaded (Unrecognized configuration class"
+    return [
+        "--model-name",
+        folder,
+    ], "transformers has no causal language model of type t5; expected one such as gpt2 or llama"
 
 
 def weights_of_another_program(folder):

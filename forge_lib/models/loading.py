@@ -56,6 +56,11 @@ def load_model(config: ModelConfig, vocab_size: int, sequence_length: int) -> tr
     if not config.from_scratch:
         check_weight_files(config.model_name)
     model_config = _load(transformers.AutoConfig.from_pretrained, config)
+    if type(model_config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not config.trust_remote_code:
+        raise UserError(
+            f"--model-name {config.model_name}: transformers has no causal language model of type "
+            f"{model_config.model_type}; expected one such as gpt2 or llama"
+        )
     check_positions(model_config, sequence_length)
     text_config = model_config.get_text_config()
     if text_config.vocab_size < vocab_size:

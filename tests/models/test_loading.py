@@ -255,7 +255,11 @@ ROBERTA = RobertaConfig(**SIZES, is_decoder=True, max_position_embeddings=34, pa
             "with ctrl",
         ),
         (MAMBA, {"lora_rank": 4}, "--lora-rank does not work with mamba"),
-        (T5Config(vocab_size=97, d_model=16, num_layers=1, d_ff=16, num_heads=2), {}, "can be loaded"),
+        (
+            T5Config(vocab_size=97, d_model=16, num_layers=1, d_ff=16, num_heads=2),
+            {},
+            "has no causal language model of type t5",
+        ),
         (ROBERTA, {"sequence_length": 33}, "--sequence-length 33 is longer than the model's 32 positions"),
         (XLNetConfig(vocab_size=97, d_model=16, n_layer=1, n_head=2, d_inner=16), {}, None),
         (ROBERTA, {}, None),
