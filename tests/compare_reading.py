@@ -21,7 +21,7 @@ from forge_lib.data.streams import zstd
 
 MEGABYTES, GROWTH, REPEATS = 25, 10, 3
 PROGRAM = """
-import resource, sys, time
+import re, sys, time
 from forge_lib.config import DataConfig
 from forge_lib.data.corpus import prepare_store
 from transformers import AutoTokenizer
@@ -29,7 +29,9 @@ tokenizer = AutoTokenizer.from_pretrained("data/tiny_gpt2")
 config = DataConfig(dataset_path=sys.argv[1], sample_by="paragraph")
 start = time.perf_counter()
 tokens = prepare_store(config, tokenizer, sys.argv[2]).manifest["num_tokens"]
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, tokens)
+seconds = time.perf_counter() - start
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+print(seconds, peak / 1024, tokens)
 """
 
 

@@ -3,12 +3,8 @@
 from __future__ import annotations  # names of transformers in signatures are not imported
 
 import hashlib
-import itertools
 import json
 import shutil
-import sys
-import time
-from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,8 +15,9 @@ from filelock import FileLock
 
 from forge_lib import disk
 from forge_lib.config import DataConfig, flag_name
+from forge_lib.data.document_writer import DocumentWriter, HashedFile
 from forge_lib.data.files import Source, describe_files, find_source
-from forge_lib.data.reading import Piece, Reader
+from forge_lib.data.reading import Reader
 from forge_lib.data.token_store import (
     FORMAT_VERSION,
     STORE_FILES,
@@ -40,7 +37,6 @@ from forge_lib.data.tokenizing import (
 )
 from forge_lib.errors import UserError
 
-BATCH_CHARACTERS = 1 << 20  # tokenized at a time; a token in the tokenizer takes about 100 bytes of memory
 READER_VERSION = 2  # increase it when the same files give other documents: older stores in the cache are then unused
 OPTIONS = (  # of DataConfig: they decide which tokens the same files give
     "sample_by",
@@ -50,7 +46,6 @@ OPTIONS = (  # of DataConfig: they decide which tokens the same files give
     "special_tokens_in_text",
     "begin_tokens",
 )
-LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 def prepare_store(
@@ -184,8 +179,8 @@ def _write_store(
     reader, encoder = Reader(source, config, progress), Encoder(tokenizer, config.special_tokens_in_text)
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else np.uint32)
     begin = begin_ids(tokenizer) if config.begin_tokens else []
-    with _HashedFile(folder / "tokens.bin") as tokens, _HashedFile(folder / "documents.bin") as documents:
-        writer = _DocumentWriter(tokens, documents, dtype, begin, end_id(tokenizer))
+    with HashedFile(folder / "tokens.bin") as tokens, HashedFile(folder / "documents.bin") as documents:
+        writer = DocumentWriter(tokens, documents, dtype, begin, end_id(tokenizer))
         writer.write(reader, encoder, config.dataset_path)
     if not writer.counts["num_documents"]:
         raise UserError(f"--dataset-path {config.dataset_path}: empty: no text except white space in it")
@@ -207,90 +202,3 @@ def _write_store(
         "source": {"path": config.dataset_path, "fingerprint": source.fingerprint, **reader.describe()},
         "files": {file.path.name: {"bytes": file.size, "sha256": file.sha256} for file in (tokens, documents)},
     }
-
-
-class _DocumentWriter:
-    """Writes documents into the two files of a store.
-
-    Attributes:
-        counts: for the manifest.
-    """
-
-    def __init__(self, tokens: _HashedFile, documents: _HashedFile, dtype: np.dtype, begin: list[int], end: int):
-        self.counts = {"num_tokens": 0, "num_documents": 0, "num_text_bytes": 0}
-        self.counts |= {"longest_document": 0, "shortest_document": 0}  # in tokens
-        self._tokens, self._documents, self._dtype, self._begin, self._end = tokens, documents, dtype, begin, end
-        self._start = 0  # of the document that is written
-
-    def write(self, pieces: Iterable[Piece], encoder: Encoder, dataset_path: str) -> None:
-        """Tokenizes and writes all documents."""
-        last_line, is_begun = time.monotonic(), False
-        self._documents.write(np.zeros(1, np.uint64))
-        for texts, ends in _batches(pieces):
-            continued = [is_begun, *(not is_end for is_end in ends[:-1])]
-            is_begun = not ends[-1]
-            self._write_batch(encoder.encode(texts, continued), continued, ends)
-            self.counts["num_text_bytes"] += sum(len(text.encode()) for text in texts)
-            # a terminal has a progress bar
-            if not sys.stderr.isatty() and time.monotonic() - last_line >= LINE_SECONDS:
-                last_line = time.monotonic()
-                state = f"{self.counts['num_text_bytes'] / 1e6:.1f} MB of text, {self.counts['num_tokens']} tokens"
-                print(f"tokenizing {dataset_path}: {state} so far", file=sys.stderr, flush=True)
-
-    def _write_batch(self, encoded: list[list[int]], continued: list[bool], ends: list[bool]) -> None:
-        stops, num_tokens = [], self.counts["num_tokens"]
-        for number, (ids, is_continued, is_end) in enumerate(zip(encoded, continued, ends, strict=True)):
-            encoded[number] = ids = [*([] if is_continued else self._begin), *ids, *([self._end] if is_end else [])]
-            num_tokens += len(ids)
-            if is_end:
-                stops.append(num_tokens)
-        count = num_tokens - self.counts["num_tokens"]
-        self._tokens.write(np.fromiter(itertools.chain.from_iterable(encoded), self._dtype, count))
-        self.counts["num_tokens"] = num_tokens
-        if not stops:
-            return
-        self._documents.write(np.asarray(stops, np.uint64))
-        lengths = np.diff(stops, prepend=self._start)
-        self._start = stops[-1]
-        self.counts["longest_document"] = max(self.counts["longest_document"], int(lengths.max()))
-        shortest = [self.counts["shortest_document"]] if self.counts["num_documents"] else []
-        self.counts["shortest_document"] = min([*shortest, int(lengths.min())])
-        self.counts["num_documents"] += len(stops)
-
-
-class _HashedFile:
-    """A file that is written once, from start to end, and hashed meanwhile."""
-
-    def __init__(self, path: Path):
-        self.path, self.size, self._hash = path, 0, hashlib.sha256()
-
-    def __enter__(self) -> _HashedFile:
-        self._file = open(self.path, "wb")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, array: np.ndarray) -> None:
-        data = array.tobytes()
-        self._file.write(data)
-        self._hash.update(data)
-        self.size += len(data)
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[tuple[list[str], list[bool]]]:
-    """Collects pieces into batches of about BATCH_CHARACTERS: enough for the tokenizer's threads, little in memory."""
-    texts, ends, num_characters = [], [], 0
-    for text, is_end in pieces:
-        texts.append(text)
-        ends.append(is_end)
-        num_characters += len(text) + 1
-        if num_characters >= BATCH_CHARACTERS:
-            yield texts, ends
-            texts, ends, num_characters = [], [], 0
-    if texts:
-        yield texts, ends

@@ -3,10 +3,12 @@
 from __future__ import annotations  # names of transformers in signatures are not imported
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
 
+import numpy as np
 import transformers
 
 from forge_lib.errors import UserError
@@ -77,6 +79,8 @@ class Encoder:
         if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2 has one token for both
             specials.pop(tokenizer.unk_token, None)  # stands for unknown characters, which are no special tokens
         self._names = {id: token for token, id in specials.items()}
+        self._is_special = np.zeros(vocabulary_size(tokenizer), bool)
+        self._is_special[list(self._names)] = True
         self._written = re.compile("|".join(map(re.escape, self._names.values())) or "(?!)")
         if tokenizer.is_fast:
             tokenizer.backend_tokenizer.no_truncation()  # some models' tokenizers are saved with truncation or padding
@@ -88,8 +92,8 @@ class Encoder:
         whole, *parts = self._encode(["a b", "a", " b", "b"])
         self._adds_space = whole != parts[0] + parts[1] and whole == parts[0] + parts[2]
 
-    def encode(self, texts: list[str], continued: list[bool]) -> list[list[int]]:
-        """Returns the ids of each text.
+    def encode(self, texts: list[str], continued: list[bool]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of all texts, one text after the other, and the number of ids of each text; both are int64.
 
         Args:
             texts: whole documents, or pieces of them.
@@ -99,13 +103,13 @@ class Encoder:
         if self._adds_space:
             texts = [text.removeprefix(" ") if cut else text for text, cut in zip(texts, continued, strict=True)]
         encoded = self._encode(texts)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        ids = np.fromiter(itertools.chain.from_iterable(encoded), np.int64, lengths.sum())
         if self._is_plain:
             self.num_special.update(token for text in texts for token in self._written.findall(text))
         else:
-            for ids in encoded:
-                if not self._names.keys().isdisjoint(ids):
-                    self.num_special.update(self._names[id] for id in ids if id in self._names)
-        return encoded
+            self.num_special.update(self._names[id] for id in ids[self._is_special[ids]].tolist())
+        return ids, lengths
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not self._tokenizer.is_fast:

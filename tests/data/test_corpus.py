@@ -16,7 +16,7 @@ from commands import ROOT
 from transformers import AutoTokenizer
 
 from forge_lib.config import DataConfig
-from forge_lib.data import corpus, reading
+from forge_lib.data import document_writer, reading
 from forge_lib.data.corpus import prepare_store
 from forge_lib.data.files import content_fingerprint, data_exists
 from forge_lib.data.token_store import TokenStore, is_store, open_store
@@ -271,7 +271,7 @@ def test_a_source_that_changes_while_it_is_tokenized_is_reported_and_no_store_is
 
 
 def test_without_a_terminal_lines_report_the_progress_of_tokenizing(tmp_path, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(corpus, "LINE_SECONDS", 0)
+    monkeypatch.setattr(document_writer, "LINE_SECONDS", 0)
     (tmp_path / "x.txt").write_text("one two three")
     make(tokenizer, tmp_path / "x.txt", tmp_path / "store")
     assert "x.txt: 0.0 MB of text, " in capsys.readouterr().err

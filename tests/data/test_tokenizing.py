@@ -280,7 +280,7 @@ def test_the_manifest_counts_documents_and_their_lengths(tmp_path, gpt2):
 
 
 def test_lengths_of_documents_are_right_across_batches(tmp_path, gpt2, monkeypatch):
-    monkeypatch.setattr("forge_lib.data.corpus.BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("forge_lib.data.document_writer.BATCH_CHARACTERS", 50)
     monkeypatch.setattr(reading, "READ_BYTES", 30)
     texts = ["a b c d e f g h " * count for count in (1, 9, 2, 30, 3)]
     (tmp_path / "x.jsonl").write_bytes(as_jsonl([{"text": text} for text in texts]))
