@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 BLOCK_BYTES = 1 << 20
+LFS_POINTER = b"version https://git-lfs"
 LIST_NAME = ".files.json"  # marks a partial folder that another machine sends: the list of its files
 
 
@@ -76,6 +77,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Returns whether a file is a pointer of Git LFS, which git writes in place of a large file."""
+    with open(path, "rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def stamp(path: Path | int) -> tuple[int, int, int]:

@@ -67,10 +67,10 @@ class World:
         if not is_launched():
             return cls()
         import torch.distributed as dist  # slow imports, which a single process does not need here
-        from accelerate.utils import get_cpu_distributed_information, str_to_bool
+        from accelerate.utils import get_cpu_distributed_information
 
         for name in OTHER_TRAINING:
-            if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")):
+            if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "y", "t", "on"):
                 raise UserError(f"the YAML asks for {name}, but this program trains data-parallel only: remove it")
         ranks = get_cpu_distributed_information()
         if ranks.world_size == 1:

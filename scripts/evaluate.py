@@ -25,8 +25,9 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from forge_lib.config import BlockConfig, DataConfig, ModelNameConfig, RangeChecked, WorldConfig, flag, seed_flag
 from forge_lib.data.blocks import BlockDataset, TokenStream, split_documents
-from forge_lib.data.corpus import prepare_store
+from forge_lib.data.corpus import describe_store, prepare_store
 from forge_lib.data.token_store import TokenStore
+from forge_lib.data.tokenizing import vocabulary_size
 from forge_lib.distributed.agreement import Agreement, agree, check_world, compare_inputs
 from forge_lib.distributed.device import choose_device
 from forge_lib.distributed.environment import check_environment
@@ -34,9 +35,10 @@ from forge_lib.distributed.facts import InputFacts, local_facts
 from forge_lib.distributed.peers import Peers
 from forge_lib.distributed.reporting import report_errors
 from forge_lib.flags import parse_config
+from forge_lib.models.checking import check_model
 from forge_lib.models.fingerprints import hash_weights
 from forge_lib.models.generation import generate_ids
-from forge_lib.models.loading import check_positions, load_tokenizer, load_trained_model
+from forge_lib.models.loading import load_tokenizer, load_trained_model
 from forge_lib.process import World
 from forge_lib.training.evaluation import evaluate_model
 from forge_lib.training.log import to_json
@@ -76,8 +78,8 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         check_environment()
         device = choose_device(config.device, world)
         tokenizer = load_tokenizer(config)
-        model = load_trained_model(config)
-        check_positions(model.config, config.sequence_length)
+        model = load_trained_model(config, vocabulary_size(tokenizer), config.sequence_length)
+        check_model(model, config.mask_documents, config.sequence_length)
         store = prepare_store(config, tokenizer, progress=peers.set_status)
         stream = TokenStream(store.tokens, store.documents)
         if config.eval_fraction:
@@ -88,6 +90,9 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 
             metrics = load_metrics(config.metrics)
         agreement = compare(config, world, peers, device, model, store)
+        if world.process_index == 0:
+            for line in (*agreement.warnings, *describe_store(store, tokenizer, config)):
+                print(line, file=sys.stderr)
 
         handlers = [InitProcessGroupKwargs(backend=agreement.backend, timeout=GROUP_TIMEOUT)]
         accelerator = Accelerator(
@@ -137,8 +142,6 @@ def compare(
         random_weights=False,
     )
     compare_inputs(peers.all_gather(facts, "inputs"))
-    for line in agreement.warnings if world.process_index == 0 else []:
-        print(line, file=sys.stderr)
     return agreement
 
 

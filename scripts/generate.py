@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from forge_lib.config import BeginConfig, ModelNameConfig, RangeChecked, flag, seed_flag
-from forge_lib.data.tokenizing import prompt_ids
+from forge_lib.data.tokenizing import prompt_ids, vocabulary_size
 from forge_lib.distributed.reporting import report_errors
+from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
 from forge_lib.models.generation import generate_ids
-from forge_lib.models.loading import load_tokenizer, load_trained_model
+from forge_lib.models.loading import load_tokenizer, load_trained_model, max_positions
 
 
 @dataclass(kw_only=True)
@@ -46,10 +47,17 @@ class GenerateConfig(RangeChecked, PromptConfig, BeginConfig, ModelNameConfig):
 def main(config: GenerateConfig) -> str:
     """Prints the text while it is generated, and returns it."""
     tokenizer = load_tokenizer(config)
-    model = load_trained_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_trained_model(config, vocabulary_size(tokenizer))
+    prompt = prompt_ids(tokenizer, config.prompt, config.begin_tokens)
+    positions = max_positions(model)
+    if positions and len(prompt) + config.max_new_tokens > positions:
+        raise UserError(
+            f"--max-new-tokens {config.max_new_tokens} after {len(prompt)} tokens of --prompt is more than the "
+            f"model's {positions} positions; use {max(0, positions - len(prompt))} or less"
+        )
     ids = generate_ids(
-        model,
-        prompt_ids(tokenizer, config.prompt, config.begin_tokens),
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        prompt,
         tokenizer.eos_token_id,
         config.seed,
         config.max_new_tokens,

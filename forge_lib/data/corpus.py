@@ -131,7 +131,7 @@ def describe_store(
             flags = ", ".join(map(flag_name, given))
             lines.append(f"{flags}: no effect, since {config.dataset_path} is a token store that was made otherwise")
     if "read" in source:
-        lines.append(describe_files(source["path"], source["read"], source["skipped"]))
+        lines.append(describe_files(source["path"], source))
     if found := store.manifest.get("special_tokens_in_text"):
         tokens = ", ".join(f"{token} {count:,} times" for token, count in found.items())
         how = store.manifest["options"]["special_tokens_in_text"]

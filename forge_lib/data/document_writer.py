@@ -61,7 +61,7 @@ class DocumentWriter:
         """Tokenizes and writes all documents."""
         last_line, is_begun = time.monotonic(), False
         self._documents.write(np.zeros(1, np.uint64))
-        for texts, ends in _batches(pieces):
+        for texts, ends in _batches(_join_pieces(pieces, encoder)):
             continued = [is_begun, *(not is_end for is_end in ends[:-1])]
             is_begun = not ends[-1]
             self._write_batch(*encoder.encode(texts, continued), np.array(continued), np.array(ends))
@@ -107,6 +107,19 @@ class DocumentWriter:
             shortest = min(shortest, self.counts["shortest_document"])
         self.counts |= {"longest_document": longest, "shortest_document": shortest}
         self.counts["num_documents"] += len(stops)
+
+
+def _join_pieces(pieces: Iterable[Piece], encoder: Encoder) -> Iterator[Piece]:
+    """Joins pieces of a document that would have other tokens if they were encoded one by one."""
+    parts: list[str] = []
+    for text, is_end in pieces:
+        if parts and encoder.can_cut_before(text):
+            yield "".join(parts), False
+            parts = []
+        parts.append(text)
+        if is_end:
+            yield "".join(parts), True
+            parts = []
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[tuple[list[str], list[bool]]]:

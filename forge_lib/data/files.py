@@ -1,5 +1,6 @@
 """Finds what --dataset-path means: files on this machine, or a dataset on the Hub."""
 
+import fnmatch
 import glob
 import hashlib
 import json
@@ -34,7 +35,7 @@ class Source:
 
     Attributes:
         files: the files with content and the format of each, in order; none for a dataset on the Hub.
-        num_empty: number of files of 0 bytes.
+        empty: the files of 0 bytes.
         num_bytes: size of all files.
         fingerprint: sha256; changes if the names, sizes or times of the files, or the revision on the Hub, change.
         stamps: `disk.stamp` of each file, also of the empty ones, when it was found.
@@ -42,7 +43,7 @@ class Source:
     """
 
     files: list[tuple[Path, str]]
-    num_empty: int
+    empty: list[Path]
     num_bytes: int
     fingerprint: str
     stamps: dict[Path, tuple[int, int, int]]
@@ -55,19 +56,20 @@ class Source:
                 raise UserError(f"{path} was changed while it was tokenized; start again when it is complete")
 
 
-def describe_files(path: str, read: dict[str, list], skipped: dict[str, list]) -> str:
-    """Returns one line: how many files of which kinds were read and skipped; a single one by name.
+def describe_files(path: str, facts: dict[str, dict[str, list]]) -> str:
+    """Returns one line: how many files of which kinds were read, were empty and were skipped; a single one by name.
 
     Args:
         path: the value of --dataset-path.
-        read, skipped: kind -> [number of files, name of the first one].
+        facts: "read", "empty" and "skipped": kind -> [number of files, name of the first one].
     """
 
-    def count(kinds: dict[str, list]) -> str:
-        parts = [f"{number} {kind}" + (f" ({name})" if number == 1 else "") for kind, (number, name) in kinds.items()]
-        return ", ".join(parts) or "none"
+    def count(what: str) -> str:
+        kinds = facts[what].items()
+        parts = [f"{number} {kind}" + (f" ({name})" if number == 1 else "") for kind, (number, name) in kinds]
+        return f"{what} {', '.join(parts) or 'none'}"
 
-    return f"files of {path}: read {count(read)}; skipped {count(skipped)}"
+    return f"files of {path}: {count('read')}; {count('empty')}; {count('skipped')}"
 
 
 def kind_of(path: Path) -> str:
@@ -123,7 +125,7 @@ def find_source(config: DataConfig) -> Source:
         raise UserError(f"--dataset-path {given}: empty: {len(paths)} file(s) of 0 bytes; expected text")
     return Source(
         files=files,
-        num_empty=len(paths) - len(files),
+        empty=[each for each in paths if not stamps[each][0]],
         num_bytes=sum(size for size, *_ in stamps.values()),
         fingerprint=_hash(identity),
         stamps=stamps,
@@ -138,9 +140,13 @@ class _Finder:
         self.paths: list[Path] = []
         self.skipped: dict[str, list[str]] = {}
         self._seen: set[tuple[int, int]] = set()  # device and inode of each file and folder
+        self._added: set[Path] = set()
 
     def add(self, path: Path) -> None:
         """Adds a file, or all files below a folder, in the order of their names, except hidden ones."""
+        if path in self._added:  # a pattern may match a folder and then its files
+            return
+        self._added.add(path)
         try:
             stat = path.stat()
             identity = (stat.st_dev, stat.st_ino)
@@ -158,9 +164,11 @@ class _Finder:
             elif path.is_file():
                 self._seen.add(identity)
                 self.paths.append(path)
-        except OSError as error:
+            else:
+                self._skip(path, "not a regular file")
+        except OSError:
             if not path.is_symlink():
-                raise UserError(f"{path}: not readable: {error.strerror}") from None
+                raise
             self._skip(path, "broken link")
 
     def _skip(self, path: Path, reason: str) -> None:
@@ -172,8 +180,11 @@ def _find_files(given: str) -> _Finder:
     path, found = Path(given).expanduser(), _Finder()
     if path.is_file() and _format(path) is None:
         raise UserError(f"--dataset-path {given}: unknown format; expected {FORMAT_NAMES}")
-    for each in [path] if path.exists() else sorted(_match(path)):
-        found.add(each)
+    try:
+        for each in [path] if path.exists() else _match(path):
+            found.add(each)
+    except OSError as error:
+        raise UserError(f"{error.filename}: not readable: {error.strerror}") from None
     if not found.paths:
         what = "the folder has no file of a known format" if path.is_dir() else "no file of a known format matches"
         raise UserError(f"--dataset-path {given}: {what}: {FORMAT_NAMES}")
@@ -181,11 +192,39 @@ def _find_files(given: str) -> _Finder:
 
 
 def _match(pattern: Path) -> Iterator[Path]:
-    """Yields what matches a pattern; the folders at its start that exist are names, even with brackets in them."""
-    parts, base = list(pattern.parts), Path()
-    while len(parts) > 1 and (base / parts[0]).is_dir():
-        base /= parts.pop(0)
-    yield from (base / name for name in glob.iglob("/".join(parts), root_dir=base, recursive=True))
+    """Yields what matches a pattern, in the order of the names.
+
+    A part of it that exists is a name, even with brackets. `**` is any number of folders; each real folder is entered
+    once, unlike by `glob`, so loops of links end.
+    """
+    yield from _match_parts(Path(), pattern.parts)
+
+
+def _match_parts(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    if not parts:
+        yield folder
+    elif parts[0] == "**":
+        for each in _folders(folder, set()) if parts[1:] else [folder]:
+            yield from _match_parts(each, parts[1:])
+    elif (folder / parts[0]).exists():
+        yield from _match_parts(folder / parts[0], parts[1:])
+    elif glob.has_magic(parts[0]) and folder.is_dir():
+        for each in sorted(folder.iterdir()):
+            is_shown = not each.name.startswith(".") or parts[0].startswith(".")
+            if is_shown and fnmatch.fnmatchcase(each.name, parts[0]):
+                yield from _match_parts(each, parts[1:])
+
+
+def _folders(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Yields a folder and those below it except hidden ones, each real folder once."""
+    stat = folder.stat()
+    if (stat.st_dev, stat.st_ino) in seen:
+        return
+    seen.add((stat.st_dev, stat.st_ino))
+    yield folder
+    for each in sorted(folder.iterdir()):
+        if each.is_dir() and not each.name.startswith("."):
+            yield from _folders(each, seen)
 
 
 def _find_hub_dataset(config: DataConfig) -> Source:
@@ -204,7 +243,7 @@ def _find_hub_dataset(config: DataConfig) -> Source:
         reason = f"the Hub cannot be reached: {type(error).__name__}"
     else:
         identity = [name, revision, config.dataset_config, config.dataset_split]
-        return Source(files=[], num_empty=0, num_bytes=0, fingerprint=_hash(identity), stamps={})
+        return Source(files=[], empty=[], num_bytes=0, fingerprint=_hash(identity), stamps={})
     raise UserError(
         f"--dataset-path {name}: no such file or folder on this machine, and no such dataset on the Hub ({reason})"
     )

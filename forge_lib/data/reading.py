@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from forge_lib.config import DataConfig
 from forge_lib.data.files import Source, count_kinds
-from forge_lib.data.records import read_texts, texts_of
+from forge_lib.data.records import no_column, read_texts, texts_of
 from forge_lib.data.streams import READ_BYTES, Advance, not_text, open_text, zero_byte_offset
 from forge_lib.data.token_store import Progress
 from forge_lib.errors import UserError
@@ -28,7 +28,7 @@ class Reader:
 
     Attributes:
         read: the files with text.
-        num_empty_files: files without text.
+        empty: the files without text.
         num_empty_documents: records whose text is null or only white space; they are left out.
 
     Raises:
@@ -37,7 +37,7 @@ class Reader:
 
     def __init__(self, source: Source, config: DataConfig, progress: Progress):
         self.read: list[Path] = []
-        self.num_empty_files = source.num_empty
+        self.empty = [*source.empty]
         self.num_empty_documents = 0
         self._source, self._config, self._progress = source, config, progress
 
@@ -60,7 +60,7 @@ class Reader:
                     is_empty = False
                     yield piece
                 if is_empty:
-                    self.num_empty_files += 1
+                    self.empty.append(path)
                 else:
                     self.read.append(path)
 
@@ -69,8 +69,9 @@ class Reader:
         skipped = {reason: [len(names), names[0]] for reason, names in sorted(self._source.skipped.items())}
         return {
             "num_files": len(self.read),
-            "num_empty_files": self.num_empty_files,
+            "num_empty_files": len(self.empty),
             "read": count_kinds(self.read),
+            "empty": count_kinds(self.empty),
             "skipped": skipped,
         }
 
@@ -133,9 +134,14 @@ def split(blocks: Iterable[str], sample_by: str, separator: str = "") -> Iterato
 
 
 def _find_cut(text: str, stop: int) -> int:
-    """Returns where to cut a text: before the last run of white space between stop / 2 and stop, or at stop."""
+    """Returns where to cut a text between stop / 2 and stop: before white space, or else behind a word, or at stop."""
     half = max(1, stop // 2)
-    cut = max(text.rfind(" ", half, stop), 0) or max(text.rfind("\n", half, stop), 0) or stop
+    cut = max(text.rfind(" ", half, stop), 0) or max(text.rfind("\n", half, stop), 0)
+    if not cut:
+        ends = (
+            at for at in range(min(stop, len(text) - 1), half, -1) if text[at - 1].isalnum() and not text[at].isalnum()
+        )
+        return next(ends, stop)
     while cut > half and text[cut - 1].isspace():
         cut -= 1
     return cut
@@ -149,6 +155,9 @@ def _read_hub(config: DataConfig) -> Iterator[str]:
     name = config.dataset_path
     try:
         rows = datasets.load_dataset(name, config.dataset_config or None, split=config.dataset_split, streaming=True)
+        columns = rows.column_names or [config.text_column]  # None if it is known only after reading
+        if config.text_column not in columns:
+            raise no_column(name, config.text_column, columns)
         records = ((f"{name}: record {number}", row) for number, row in enumerate(rows, 1))
         yield from texts_of(records, config, name)
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError, OSError) as error:

@@ -15,7 +15,6 @@ from forge_lib.data.streams import READ_BYTES, Advance, open_bytes, open_text
 from forge_lib.errors import UserError
 
 MAX_FIELD_CHARACTERS = 1 << 28  # of csv: a missing quote would otherwise read the rest of the file as one field
-MAX_RECORDS_WITHOUT_COLUMN = 10_000  # at the start of a file, before it is an error
 LONGEST_LITERAL = 10  # characters of -Infinity or of \\uXXXX, and one more
 PARQUET_BATCH_BYTES = 1 << 20
 
@@ -55,7 +54,7 @@ def texts_of(records: Iterable[Record], config: DataConfig, source: str) -> Iter
     Raises:
         UserError: no record has the column, one is no object, or the column of one is no text.
     """
-    column, columns, num_missing, is_found = config.text_column, [], 0, False
+    column, columns, is_missing, is_found = config.text_column, [], False, False
     for place, record in records:
         if not isinstance(record, dict):
             raise UserError(f"{place} is {_describe(record)}, expected an object with the key {column!r}")
@@ -63,17 +62,15 @@ def texts_of(records: Iterable[Record], config: DataConfig, source: str) -> Iter
             is_found = True
             yield _check_text(record[column], place, config)
             continue
-        num_missing += 1
-        columns = columns or list(record)
-        if num_missing > MAX_RECORDS_WITHOUT_COLUMN and not is_found:
-            break
+        is_missing, columns = True, columns or list(record)
         yield ""
-    if num_missing and not is_found:
-        raise _no_column(source, column, columns)
+    if is_missing and not is_found:
+        raise no_column(source, column, columns)
 
 
-def _no_column(source: str, column: str, columns: list[str]) -> UserError:
-    names = ", ".join(map(repr, columns[:20]))
+def no_column(source: str, column: str, columns: list[str]) -> UserError:
+    """Returns the error for data without the column."""
+    names = ", ".join(map(repr, columns[:20])) or "none"
     return UserError(f"{source}: no column {column!r}; it has {names}: name one of them with --text-column")
 
 
@@ -203,24 +200,31 @@ def _read_csv(path: Path, file: TextIO, column: str) -> Iterator[Record]:
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     rows = csv.reader(file, strict=True)
     header: list[str] = []
+    begin = 1  # the line in which the next row begins
     try:
         for row in rows:
-            if not row:  # a blank line
-                continue
-            if not header:
+            if row and not header:
                 header = row
-                if header.count(column) != 1:
-                    raise _no_column(str(path), column, header)
-                index = header.index(column)
-                continue
-            if len(row) != len(header):
-                raise UserError(
-                    f"{path}: line {rows.line_num} has {len(row)} fields, but the header has {len(header)}; put "
-                    "texts that contain commas into double quotes"
-                )
-            yield f"{path}: line {rows.line_num}", {column: row[index]}
+                _check_column(path, column, header)
+            elif row:  # no blank line
+                if len(row) != len(header):
+                    more = len(row) > len(header)
+                    fix = "put texts that contain commas into double quotes" if more else "complete it"
+                    raise UserError(
+                        f"{path}: line {begin} has {len(row)} fields, but the header has {len(header)}; {fix}"
+                    )
+                yield f"{path}: line {begin}", {column: row[header.index(column)]}
+            begin = rows.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}: line {rows.line_num} is not csv: {error}") from None
+        raise UserError(f"{path}: the row that begins in line {begin} is not csv: {error}") from None
+
+
+def _check_column(path: Path, column: str, columns: list[str]) -> None:
+    """Raises UserError if not exactly one column has that name."""
+    if columns.count(column) > 1:
+        raise UserError(f"{path}: {columns.count(column)} columns are named {column!r}; rename all but one")
+    if column not in columns:
+        raise no_column(str(path), column, columns)
 
 
 def _read_parquet(path: Path, config: DataConfig, advance: Advance) -> Iterator[str]:
@@ -237,8 +241,7 @@ def _read_parquet(path: Path, config: DataConfig, advance: Advance) -> Iterator[
             table = files.enter_context(pyarrow.parquet.ParquetFile(plain))
             if not table.metadata.num_rows:
                 return
-            if column not in table.schema_arrow.names:
-                raise _no_column(str(path), column, table.schema_arrow.names)
+            _check_column(path, column, table.schema_arrow.names)
             _check_type(table.schema_arrow.field(column).type, path, column)
             uncompressed = sum(
                 table.metadata.row_group(number).total_byte_size for number in range(table.num_row_groups)
@@ -246,12 +249,23 @@ def _read_parquet(path: Path, config: DataConfig, advance: Advance) -> Iterator[
             rows = max(1, min(10_000, PARQUET_BATCH_BYTES * table.metadata.num_rows // max(1, uncompressed)))
             num_read = 0
             for batch in table.iter_batches(batch_size=rows, columns=[column]):
-                for number, text in enumerate(batch.column(0).to_pylist(), num_read + 1):
-                    yield _check_text(text, f"{path}: row {number}", config)
+                texts = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+                for number, text in enumerate(texts, num_read + 1):
+                    yield _decode(text, f"{path}: row {number}", config.encoding_errors)
                 num_read += batch.num_rows
                 advance(batch.num_rows * size // table.metadata.num_rows)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not readable as parquet: {error}") from None
+
+
+def _decode(text: bytes | None, place: str, errors: str) -> str:
+    try:
+        return (text or b"").decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{place}: byte 0x{error.object[error.start]:02x} at offset {error.start} is not UTF-8; convert the file, "
+            "or give --encoding-errors replace"
+        ) from None
 
 
 def _check_type(found: Any, path: Path, column: str) -> None:

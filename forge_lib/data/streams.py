@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from forge_lib import disk
 from forge_lib.errors import UserError
 
 if sys.version_info >= (3, 14):
@@ -45,6 +46,8 @@ def open_bytes(path: Path, advance: Advance) -> Iterator[BinaryIO]:
     """
     with contextlib.ExitStack() as files:
         try:
+            if disk.is_lfs_pointer(path):
+                raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
             file = files.enter_context(io.BufferedReader(_CountedFile(path, advance), READ_BYTES))
             if path.suffix.lower() == ".gz":
                 file = files.enter_context(gzip.GzipFile(fileobj=file))

@@ -177,7 +177,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     for count in (*manifest["special_tokens_in_text"].values(), *tokenizer["begin_ids"], tokenizer["end_id"]):
         _count(count)
     source = manifest["source"]
-    for count, example in (*source["read"].values(), *source["skipped"].values()):
+    for count, example in (*source["read"].values(), *source["empty"].values(), *source["skipped"].values()):
         _count(count)
         if not isinstance(example, str):
             raise ValueError(f"files {example!r:.50}")

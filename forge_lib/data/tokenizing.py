@@ -21,9 +21,12 @@ def vocabulary_size(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
 
 def begin_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
     """Returns the ids with which the tokenizer begins each text: <s> for Llama, none for GPT-2."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    mask = [*encoded["special_tokens_mask"], 0]
-    return list(encoded["input_ids"][: mask.index(0)])
+    texts = ("a", "A", "0", *(tokenizer.decode([id]) for id in range(min(100, vocabulary_size(tokenizer)))))
+    for text in texts:  # the first one that is no empty text for this tokenizer
+        encoded = tokenizer(text, return_special_tokens_mask=True)
+        if 0 in encoded["special_tokens_mask"]:
+            return list(encoded["input_ids"][: encoded["special_tokens_mask"].index(0)])
+    return []
 
 
 def prompt_ids(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, begin_tokens: bool) -> list[int]:
@@ -87,10 +90,14 @@ class Encoder:
             tokenizer.backend_tokenizer.no_padding()
         made = {id for ids in self._encode(list(self._names.values())) for id in ids} if self._is_plain else set()
         if made & self._names.keys():
-            tokens = ", ".join(self._names[id] for id in sorted(made & self._names.keys()))
+            tokens = ", ".join(self._names[id] for id in sorted(made & self._names.keys())[:5])
             raise UserError(f"--special-tokens-in-text plain: this tokenizer makes {tokens} of plain text; use parse")
         whole, *parts = self._encode(["a b", "a", " b", "b"])
         self._adds_space = whole != parts[0] + parts[1] and whole == parts[0] + parts[2]
+
+    def can_cut_before(self, text: str) -> bool:
+        """Returns whether a document may be cut before this piece of it, and the pieces be encoded one by one."""
+        return not self._adds_space or text.startswith(" ")
 
     def encode(self, texts: list[str], continued: list[bool]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids of all texts, one text after the other, and the number of ids of each text; both are int64.

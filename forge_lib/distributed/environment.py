@@ -5,20 +5,23 @@ A test compares the two lists with accelerate's source code, so that a variable 
 
 import os
 
+from accelerate.utils import str_to_bool
+
 from forge_lib.errors import UserError
 
+FALSE = ("false", "0", "no", "n", "f", "off")
 # Variable -> (values without effect, what to use instead). Any other value is an error.
 REJECTED = {
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1", "auto"), "--micro-batch-size decides how many there are"),
-    "ACCELERATE_DYNAMO_BACKEND": (("", "no"), "use --compile"),
-    "ACCELERATE_TORCH_DEVICE": (("",), "use --device"),
-    "ACCELERATE_USE_DEEPSPEED": (("", "false", "0", "no"), "this program trains data-parallel only"),
-    "ACCELERATE_USE_FSDP": (("", "false", "0", "no"), "this program trains data-parallel only"),
-    "ACCELERATE_USE_MEGATRON_LM": (("", "false", "0", "no"), "this program trains data-parallel only"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": (("", "false", "0", "no"), "this program trains data-parallel only"),
-    "ACCELERATE_USE_SAGEMAKER": (("", "false", "0", "no"), "this program does not run on SageMaker"),
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": (("", "0"), "use --mixed-precision bf16"),
-    "NVIDIA_TF32_OVERRIDE": (("", "0"), "use --mixed-precision bf16"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "--micro-batch-size decides how many there are"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "use --compile"),
+    "ACCELERATE_TORCH_DEVICE": ((), "use --device"),
+    "ACCELERATE_USE_DEEPSPEED": (FALSE, "this program trains data-parallel only"),
+    "ACCELERATE_USE_FSDP": (FALSE, "this program trains data-parallel only"),
+    "ACCELERATE_USE_MEGATRON_LM": (FALSE, "this program trains data-parallel only"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (FALSE, "this program trains data-parallel only"),
+    "ACCELERATE_USE_SAGEMAKER": (FALSE, "this program does not run on SageMaker"),
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": (("0",), "use --mixed-precision bf16"),
+    "NVIDIA_TF32_OVERRIDE": (("0",), "use --mixed-precision bf16"),
 }
 # Read by accelerate, but without effect on the numbers of this program; the reason is in the comment.
 HARMLESS = {
@@ -37,6 +40,22 @@ HARMLESS = {
     "ACCELERATE_DOWNCAST_BF16",  # only on TPUs
     "ACCELERATE_IN_TPU_POD",
 }
+SWITCHES = {"ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"}  # true or false
+# Of torch: read by DDP, process groups and autocast, without effect on the numbers.
+HARMLESS_OF_TORCH = {
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "USE_LIBUV",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCH_DIST_INIT_BARRIER",
+    "TORCH_DISTRIBUTED_DEBUG",
+    "TORCH_DISTRIBUTED_USE_TORCHCOMMS",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE",
+    "TORCH_FR_BUFFER_SIZE",
+    "PYTORCH_DDP_USE_SIDE_STREAM",
+}
 # Beginnings of names that are read only together with a rejected variable, or with fp8, which is never used.
 HARMLESS_BEGINNINGS = ("ACCELERATE_FP8_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_DYNAMO_")
 HARMLESS |= {"ACCELERATE_GRADIENT_CLIPPING", "ACCELERATE_CONFIG_DS_FIELDS"}  # only with ACCELERATE_USE_DEEPSPEED
@@ -45,6 +64,11 @@ HARMLESS |= {"ACCELERATE_GRADIENT_CLIPPING", "ACCELERATE_CONFIG_DS_FIELDS"}  # o
 def check_environment() -> None:
     """Raises UserError if an environment variable would change what is computed."""
     for name, (harmless, instead) in REJECTED.items():
-        value = os.environ.get(name, "")
-        if value.lower() not in harmless:
+        value = os.environ.get(name)
+        if value is not None and value.lower() not in harmless:
             raise UserError(f"the environment variable {name}={value} would change the results: unset it; {instead}")
+    for name in SWITCHES & os.environ.keys():
+        try:
+            str_to_bool(os.environ[name])
+        except ValueError:
+            raise UserError(f"the environment variable {name}={os.environ[name]} is neither true nor false") from None

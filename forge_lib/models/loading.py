@@ -4,6 +4,7 @@ from __future__ import annotations  # names of transformers in signatures are no
 
 import functools
 import inspect
+import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -17,26 +18,47 @@ from torch import nn
 
 from forge_lib.config import ModelConfig, ModelNameConfig
 from forge_lib.errors import UserError, first_line
-from forge_lib.models.weight_files import check_loaded_keys, check_weight_files, has_weights
+from forge_lib.models.checking import check_gradient
+from forge_lib.models.weight_files import (
+    check_loaded_keys,
+    check_no_pointers,
+    check_weight_files,
+    has_weights,
+    name_some,
+)
 
 HUB_SECONDS = 5
+logger = logging.getLogger("forge")
 
 
 def load_tokenizer(config: ModelNameConfig) -> transformers.PreTrainedTokenizerBase:
     """Loads the tokenizer of `config.model_name`; raises UserError if there is none."""
+    folder = Path(config.model_name).expanduser()
+    if folder.is_dir():
+        check_no_pointers(config.model_name, sorted([*folder.glob("*.json"), *folder.glob("*.model")]))
     return _load(transformers.AutoTokenizer.from_pretrained, config)
 
 
-def load_trained_model(config: ModelNameConfig) -> transformers.PreTrainedModel:
+def load_trained_model(
+    config: ModelNameConfig, vocab_size: int, sequence_length: int = 1
+) -> transformers.PreTrainedModel:
     """Loads a model with its weights, in fp32 on the CPU, for evaluation and generation.
 
+    Args:
+        config: which model.
+        vocab_size: largest token id of the tokenizer + 1.
+        sequence_length: tokens per sequence.
+
     Raises:
-        UserError: no such model, or a folder without weights.
+        UserError: no such model, no weights, or too small a vocabulary or number of positions.
     """
     if not has_weights(config.model_name):
+        check_weight_files(config.model_name)
         raise UserError(f"--model-name {config.model_name}: the folder has no weights; name a trained model")
     check_weight_files(config.model_name)
-    return _drop_unknown_use_cache(_load_weights(config)).eval()
+    model = _drop_unknown_use_cache(_load_weights(config)).eval()
+    check_fit(model.config, vocab_size, sequence_length, _num_reserved_positions(model))
+    return model
 
 
 def load_model(config: ModelConfig, vocab_size: int, sequence_length: int) -> transformers.PreTrainedModel:
@@ -61,21 +83,17 @@ def load_model(config: ModelConfig, vocab_size: int, sequence_length: int) -> tr
             f"--model-name {config.model_name}: transformers has no causal language model of type "
             f"{model_config.model_type}; expected one such as gpt2 or llama"
         )
-    check_positions(model_config, sequence_length)
+    check_fit(model_config, vocab_size, sequence_length)
     text_config = model_config.get_text_config()
-    if text_config.vocab_size < vocab_size:
-        raise UserError(
-            f"--model-name {config.model_name}: the tokenizer knows {vocab_size} tokens, but the model's vocabulary "
-            f"has {text_config.vocab_size}; the two do not belong together"
-        )
     for name, value in text_config.to_dict().items():
         if (name.endswith("pdrop") or "dropout" in name) and isinstance(value, float):
             setattr(text_config, name, config.dropout)
+    model_config.return_dict = True  # a few configurations turn it off
     if has_weights(config.model_name) and not config.from_scratch:
         model = _load_weights(config, config=model_config)
     else:
         model = _load(transformers.AutoModelForCausalLM.from_config, config, model_config, dtype=torch.float32)
-    check_usable_positions(model, sequence_length)
+    check_fit(model.config, vocab_size, sequence_length, _num_reserved_positions(model))
     return _drop_unknown_use_cache(model).train()
 
 
@@ -92,11 +110,13 @@ def adapt_model(model: transformers.PreTrainedModel, config: ModelConfig) -> nn.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         except ValueError as error:
             raise UserError(f"--gradient-checkpointing does not work with {kind} ({first_line(error)})") from None
+        check_gradient(model, "--gradient-checkpointing")
     if config.lora_rank:
         try:
             model = _add_lora(model, config)
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"--lora-rank does not work with {kind} ({first_line(error)})") from None
+        check_gradient(model, "--lora-rank")
     if config.compile:
         model.compile()  # in place: the names and types of the model's parts do not change
     return model
@@ -131,31 +151,45 @@ def model_exists(model_name: str) -> bool:
     return isinstance(try_to_load_from_cache(model_name, "config.json"), str) or _is_hub_reachable()
 
 
-def check_positions(model_config: transformers.PreTrainedConfig, sequence_length: int) -> None:
-    """Raises UserError if the sequences are longer than the model's positions."""
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if positions and 0 < positions < sequence_length:  # XLNet has -1: no limit
-        raise _too_long(sequence_length, positions)
+def max_positions(model: transformers.PreTrainedModel) -> int | None:
+    """Returns how many tokens a model can process; None if its configuration sets no limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions - _num_reserved_positions(model) if positions and positions > 0 else None  # XLNet has -1
 
 
-def check_usable_positions(model: nn.Module, sequence_length: int) -> None:
-    """Raises UserError if the sequences are longer than the positions of a model that reserves some for padding.
+def check_fit(
+    model_config: transformers.PreTrainedConfig, vocab_size: int, sequence_length: int, num_reserved: int = 0
+) -> None:
+    """Raises UserError if a model has too few positions for the sequences, or too few tokens for the tokenizer.
 
-    RoBERTa and its relatives number the positions from `padding_idx` + 1.
+    Args:
+        model_config: of a causal language model.
+        vocab_size: largest token id of the tokenizer + 1.
+        sequence_length: tokens per sequence.
+        num_reserved: positions that the model does not use for tokens.
     """
+    text_config = model_config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions and 0 < positions < sequence_length + num_reserved:
+        usable = positions - num_reserved
+        raise UserError(
+            f"--sequence-length {sequence_length} is longer than the model's {usable} positions; "
+            f"use --sequence-length {usable} or less"
+        )
+    if text_config.vocab_size < vocab_size:
+        raise UserError(
+            f"--model-name: the tokenizer knows {vocab_size} tokens, but the model's vocabulary has "
+            f"{text_config.vocab_size}; the two do not belong together"
+        )
+
+
+def _num_reserved_positions(model: nn.Module) -> int:
+    """Returns how many positions a model reserves for padding: RoBERTa numbers its tokens from padding_idx + 1."""
     for name, module in model.named_modules():
         is_table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
         if is_table and module.padding_idx is not None:
-            usable = module.num_embeddings - module.padding_idx - 1
-            if sequence_length > usable:
-                raise _too_long(sequence_length, usable)
-
-
-def _too_long(sequence_length: int, positions: int) -> UserError:
-    return UserError(
-        f"--sequence-length {sequence_length} is longer than the model's {positions} positions; "
-        f"use --sequence-length {positions} or less"
-    )
+            return module.padding_idx + 1
+    return 0
 
 
 def _load_weights(config: ModelNameConfig, /, **options: Any) -> transformers.PreTrainedModel:
@@ -170,9 +204,18 @@ def _load_weights(config: ModelNameConfig, /, **options: Any) -> transformers.Pr
                 f"({first_line(error)}); copy them again, or give --from-scratch for random weights"
             ) from None
 
-    model, found = _load(load, config, dtype=torch.float32, output_loading_info=True, **options)
+    # Tensors of another shape are reported below; otherwise the error would name neither them nor the shapes.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
+    model, found = _load(load, config, **options)
+    for name, in_file, in_model in list(found["mismatched_keys"])[:1]:
+        raise UserError(
+            f"--model-name {config.model_name}: the weights do not fit config.json: {name} has the shape "
+            f"{list(in_file)}, expected {list(in_model)}; correct it, or give --from-scratch for random weights"
+        )
     missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
     check_loaded_keys(config.model_name, missing, unexpected, type(model).__name__)
+    if unexpected:
+        logger.warning(f"the model does not use {len(unexpected)} tensor(s) of its weights: {name_some(unexpected)}")
     return model
 
 
@@ -193,11 +236,13 @@ def _load(loader: Callable[..., Any], config: ModelNameConfig, /, *args: Any, **
     source = {"trust_remote_code": config.trust_remote_code} if args else _find_model(config)
     try:
         return loader(*args, **source, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries raise for a wrong file
         offline = "; the Hub cannot be reached from this machine" if source.get("local_files_only") else ""
         raise UserError(
             f"--model-name {config.model_name}: neither a local model folder nor a model on the Hub that can be "
-            f"loaded{offline} ({first_line(error)})"
+            f"loaded{offline} ({type(error).__name__}: {first_line(error)})"
         ) from None
 
 

@@ -29,7 +29,8 @@ def loss_sum(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     loss = _sum(*_predictions(outputs.logits, labels))
     if (balance := outputs.get("aux_loss")) is not None:  # of a mixture of experts with output_router_logits
         config = getattr(model, "module", model).config.get_text_config()  # DDP has the model as `module`
-        loss = loss + config.router_aux_loss_coef * balance * (labels[:, 1:] != IGNORED_LABEL).sum()
+        name = "router_aux_loss_coef" if "router_aux_loss_coef" in config.to_dict() else "aux_loss_coef"  # of JetMoe
+        loss = loss + getattr(config, name) * balance * (labels[:, 1:] != IGNORED_LABEL).sum()
     return loss
 
 

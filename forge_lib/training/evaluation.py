@@ -13,10 +13,12 @@ from forge_lib.data.corpus import begins_documents
 from forge_lib.data.tokenizing import prompt_ids
 from forge_lib.models.evaluation_mode import evaluation_mode
 from forge_lib.models.generation import generate_ids
+from forge_lib.models.loading import max_positions
 from forge_lib.models.loss import evaluation_sums
 from forge_lib.training.run import Run
 from forge_lib.training.totals import sum_dtype
 
+SAMPLE_TOKENS = 100
 logger = logging.getLogger("forge")
 
 
@@ -81,7 +83,9 @@ def write_sample(run: Run, model: nn.Module) -> None:
         tokenizer = run.inputs.tokenizer
         prompt = prompt_ids(tokenizer, run.config.sample_prompt, begins_documents(run.inputs.store))
         with evaluation_mode(run.accelerator.unwrap_model(model), run.inputs.changes_in_evaluation) as evaluated:
-            ids = generate_ids(evaluated, prompt, tokenizer.eos_token_id, run.config.seed)
+            room = (max_positions(evaluated) or SAMPLE_TOKENS + len(prompt)) - len(prompt)
+            num_tokens = max(1, min(SAMPLE_TOKENS, room))
+            ids = generate_ids(evaluated, prompt, tokenizer.eos_token_id, run.config.seed, num_tokens)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         run.log.write(step=run.step, event="sample", text=text)
         logger.info(f"step {run.step}: sample: {text}")

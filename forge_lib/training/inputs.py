@@ -90,7 +90,7 @@ def load_inputs(session: Session) -> Inputs:
     tokenizer = load_tokenizer(config)
     torch.manual_seed(config.seed)
     model = load_model(config, vocabulary_size(tokenizer), config.sequence_length)
-    changes_in_evaluation = check_model(model, config.mask_documents)
+    changes_in_evaluation = check_model(model, config.mask_documents, config.sequence_length)
     if changes_in_evaluation:  # the check has changed it
         torch.manual_seed(config.seed)
         model = load_model(config, vocabulary_size(tokenizer), config.sequence_length)

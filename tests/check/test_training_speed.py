@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 
 from forge_lib.check.training_speed import measure_speed
 
@@ -20,7 +21,7 @@ class Sleepy(torch.nn.Module):
 
     def forward(self, input_ids, use_cache):
         time.sleep(0.01 + 0.005 * len(input_ids))
-        return type("Output", (), {"logits": self.embedding(input_ids)})
+        return CausalLMOutput(logits=self.embedding(input_ids))
 
 
 @pytest.fixture

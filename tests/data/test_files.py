@@ -84,6 +84,20 @@ def test_links_are_followed_and_each_real_file_is_read_once(tmp_path):
     assert len(read(tmp_path / "way")) == 4
 
 
+def test_a_pattern_for_any_depth_ends_at_loops_of_links(tmp_path):
+    """`glob` would follow the loop forty times at each of its steps."""
+    write(tmp_path, "corpus/a.txt", "corpus/b/c.txt", "elsewhere/d.txt", "corpus/b/.git/e.txt")
+    for name in ("one", "two"):
+        (tmp_path / "corpus" / name).symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus" / "out").symlink_to(tmp_path / "elsewhere")
+    for pattern in ("corpus/**/*.txt", "corpus/**", "**/*.txt", "corp*/**/?.t*t"):
+        assert read(tmp_path / pattern) == ["corpus/a.txt", "corpus/b/c.txt", "elsewhere/d.txt"], pattern
+    assert read(tmp_path / "corpus" / "**" / "[!ac].txt") == ["elsewhere/d.txt"]
+    (tmp_path / "plain").mkdir()
+    write(tmp_path, "plain/x/a.txt")
+    assert read_all(tmp_path / "plain" / "**" / "*")[1].describe()["skipped"] == {}
+
+
 def test_hidden_files_and_folders_are_skipped_unless_they_are_named(tmp_path):
     write(tmp_path, "a.txt", "._a.txt", ".ipynb_checkpoints/a.txt", ".git/b.md", "c/.hidden.jsonl", "c/d.txt")
     documents, reader = read_all(tmp_path)
@@ -97,13 +111,15 @@ def test_hidden_files_and_folders_are_skipped_unless_they_are_named(tmp_path):
 def test_one_line_reports_what_was_read_and_skipped(tmp_path):
     write(tmp_path, "a.jsonl", "b.ndjson", "c.JSONL", "README.md", "LICENSE", "d.png", "e.png", "f.tar.gz", ".g")
     (tmp_path / "empty.txt").write_text("")
+    os.mkfifo(tmp_path / "pipe.txt")
     documents, reader = read_all(tmp_path)
     assert documents == ["README.md", "a.jsonl", "b.ndjson", "c.JSONL"]
     facts = reader.describe()
     assert (facts["num_files"], facts["num_empty_files"]) == (4, 1)
-    assert describe_files("corpus", facts["read"], facts["skipped"]) == (
-        "files of corpus: read 2 .jsonl, 1 .md (README.md), 1 .ndjson (b.ndjson); skipped 2 .png, "
-        "1 .tar.gz (f.tar.gz), 1 hidden (.g), 1 without a suffix (LICENSE)"
+    assert describe_files("corpus", facts) == (
+        "files of corpus: read 2 .jsonl, 1 .md (README.md), 1 .ndjson (b.ndjson); empty 1 .txt (empty.txt); "
+        "skipped 2 .png, 1 .tar.gz (f.tar.gz), 1 hidden (.g), 1 not a regular file (pipe.txt), "
+        "1 without a suffix (LICENSE)"
     )
 
 
@@ -113,7 +129,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
 
     def refuse(path):
         if path.name == "closed":
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return iterdir(path)
 
     monkeypatch.setattr(type(tmp_path), "iterdir", refuse)

@@ -82,6 +82,12 @@ def test_a_damaged_file_is_an_error(tmp_path, suffix):
     assert "not readable" in error_of(path, encoding_errors="replace")
 
 
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.csv", "x.txt.gz"])
+def test_a_pointer_of_git_lfs_is_an_error(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    assert "is a Git LFS pointer, not the file itself; run `git lfs pull`" in error_of(tmp_path / name)
+
+
 def test_what_zstd_writes_with_a_window_of_two_gigabytes_is_read(tmp_path):
     data = zstd.compress(b"one\n" * 10, options={zstd.CompressionParameter.window_log: 30})
     (tmp_path / "x.txt.zst").write_bytes(data)
@@ -118,7 +124,7 @@ def test_a_file_without_text_is_counted_as_empty_and_the_others_are_read(tmp_pat
     (tmp_path / "good.jsonl").write_bytes(as_jsonl([{"text": "one"}]))
     (tmp_path / name).write_bytes(data)
     documents, reader = read_all(tmp_path)
-    assert (documents, reader.num_empty_files) == (["one"], 1)
+    assert (documents, [path.name for path in reader.empty]) == (["one"], [name])
     assert reader.describe()["read"] == {".jsonl": [1, "good.jsonl"]}
 
 
@@ -181,16 +187,18 @@ def test_a_value_of_json_that_is_no_text_is_an_error_that_names_it(tmp_path, val
         assert f"{place}: column 'text' has {words}, expected text" in error_of(tmp_path / name)
 
 
-def test_a_column_that_some_records_lack_is_read_and_one_that_all_lack_is_an_error(tmp_path, monkeypatch):
-    (tmp_path / "x.jsonl").write_bytes(as_jsonl([{"id": 1}, {"text": "one"}, {"text": None}, {"text": "two"}]))
+def test_a_column_that_some_records_lack_is_read_and_one_that_all_lack_is_an_error(tmp_path):
+    """However late the column comes."""
+    rows = [{"id": 1}] * 11_000 + [{"text": "one"}, {"text": None}, {"text": "two"}]
+    (tmp_path / "x.jsonl").write_bytes(as_jsonl(rows))
     documents, reader = read_all(tmp_path / "x.jsonl")
-    assert (documents, reader.num_empty_documents) == (["one", "two"], 2)
+    assert (documents, reader.num_empty_documents) == (["one", "two"], 11_001)
     (tmp_path / "y.jsonl").write_bytes(as_jsonl([{"id": 1, "body": "x"}] * 20))
-    for limit in (100, 10):
-        monkeypatch.setattr(records, "MAX_RECORDS_WITHOUT_COLUMN", limit)
-        message = error_of(tmp_path / "y.jsonl")
-        assert "no column 'text'; it has 'id', 'body': name one of them with --text-column" in message
+    message = error_of(tmp_path / "y.jsonl")
+    assert "no column 'text'; it has 'id', 'body': name one of them with --text-column" in message
     assert read(tmp_path / "y.jsonl", text_column="body") == ["x"] * 20
+    (tmp_path / "z.json").write_text("[{}]")
+    assert "no column 'text'; it has none" in error_of(tmp_path / "z.json")
 
 
 @pytest.mark.parametrize(
@@ -287,12 +295,12 @@ def test_bytes_that_are_not_utf8_are_an_error_or_replaced_in_every_format(tmp_pa
     ("data", "message"),
     [
         ("id,text\n1,Hello\n1,Hello, world\n", "line 3 has 3 fields, but the header has 2"),
-        ("id,text\n1\n", "line 2 has 1 fields, but the header has 2"),
+        ("id,text\n1\n", "line 2 has 1 fields, but the header has 2; complete it"),
         ('id,text\n1,"a\nb"\n2,c,d\n', "line 4 has 3 fields"),
-        ('id,text\n1,"never closed\n2,b\n', "is not csv: unexpected end of data"),
-        ('id,text\n1,"a"b\n', "line 2 is not csv"),
+        ('id,text\n1,a\n2,"never closed\n3,b\n', "the row that begins in line 3 is not csv: unexpected end of data"),
+        ('id,text\n1,"a"b\n', "the row that begins in line 2 is not csv"),
         ("id;text\n1;a\n", "no column 'text'; it has 'id;text'"),
-        ("text,text\na,b\n", "no column 'text'; it has 'text', 'text'"),
+        ("text,text\na,b\n", "2 columns are named 'text'; rename all but one"),
         ("a text without a header\n", "no column 'text'"),
     ],
 )
@@ -331,6 +339,20 @@ def test_a_parquet_column_that_holds_no_text_is_an_error(tmp_path, values, type)
     pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "x.parquet")
     assert f"column 'text' holds {type}" in error_of(tmp_path / "x.parquet")
     assert "no column 'body'; it has 'text'" in error_of(tmp_path / "x.parquet", text_column="body")
+
+
+def test_a_text_of_parquet_that_is_not_utf8_is_an_error_or_replaced(tmp_path):
+    values = pyarrow.array([b"good", b"caf\xe9", None], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "x.parquet")
+    message = error_of(tmp_path / "x.parquet")
+    assert "row 2: byte 0xe9 at offset 3 is not UTF-8" in message
+    assert read(tmp_path / "x.parquet", encoding_errors="replace") == ["good", "caf�"]
+
+
+def test_two_columns_of_parquet_with_one_name_are_an_error(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert "2 columns are named 'text'; rename all but one" in error_of(tmp_path / "x.parquet")
 
 
 def test_parquet_with_many_row_groups_nulls_and_long_texts_is_read_in_order(tmp_path):

@@ -183,6 +183,17 @@ def test_a_tokenizer_that_begins_and_ends_a_text_adds_only_its_begin(tmp_path):
     assert documents(make(tokenizer, tmp_path / "x.txt")) == [[1, 4, 4, 3]]
 
 
+def test_a_tokenizer_that_does_not_know_latin_letters_begins_a_text_with_its_begin_alone(tmp_path):
+    """Of DNA: the text "a" has no token, so [CLS] and [SEP] stand next to each other."""
+    tokenizer = words_tokenizer({"<unk>": 0, "[CLS]": 1, "[SEP]": 2, "C": 3}, eos_token="[SEP]")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "")
+    tokenizer.add_special_tokens({"cls_token": "[CLS]"})
+    template = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    tokenizer.backend_tokenizer.post_processor = template
+    assert tokenizer("a")["input_ids"] == [1, 2]
+    assert begin_ids(tokenizer) == [1]
+
+
 def test_an_old_store_without_begin_tokens_is_reported(tmp_path, llama):
     (tmp_path / "x.txt").write_text("ab")
     store = make(llama, tmp_path / "x.txt", tmp_path / "store", begin_tokens=False)
@@ -195,10 +206,11 @@ def test_an_old_store_without_begin_tokens_is_reported(tmp_path, llama):
 
 
 @pytest.mark.parametrize("which", ["llama", "gpt2"])
-def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, request, monkeypatch, which):
+@pytest.mark.parametrize("separator", [" ", "\n", ".", "\n\n "])
+def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path, request, monkeypatch, which, separator):
     """Llama's tokenizer puts a space before each text: pieces after the first must not get one more."""
     tokenizer = request.getfixturevalue(which)
-    text = " ".join("abc de  f" if n % 3 else "gh" for n in range(400))
+    text = separator.join("abcde" if n % 3 else "gh" for n in range(400))
     (tmp_path / "x.txt").write_text(text)
     monkeypatch.setattr(reading, "READ_BYTES", 64)
     expected = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]

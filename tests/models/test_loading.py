@@ -71,13 +71,13 @@ def test_a_model_exists_if_it_is_a_folder_a_gguf_file_or_in_the_cache(name, exis
 def test_a_folder_without_weights_is_trained_from_scratch_and_never_evaluated():
     assert not has_weights(TINY)
     with pytest.raises(UserError, match="has no weights"):
-        load_trained_model(ModelNameConfig(model_name=TINY))
+        load_trained_model(ModelNameConfig(model_name=TINY), 2048)
 
 
 def test_a_trained_folder_is_loaded_with_its_weights_unless_from_scratch(trained):
     folder = str(trained / "final")
     loaded = load_model(ModelConfig(model_name=folder), 2048, 64)
-    kept = load_trained_model(ModelNameConfig(model_name=folder))
+    kept = load_trained_model(ModelNameConfig(model_name=folder), 2048)
     torch.manual_seed(0)
     fresh = load_model(ModelConfig(model_name=folder, from_scratch=True), 2048, 64)
     assert hash_weights(loaded) == hash_weights(kept) != hash_weights(fresh)
@@ -161,6 +161,12 @@ def only(folder: Path, name: str) -> None:
     first.rename(folder / name)
 
 
+def move_below(folder: Path) -> None:
+    (folder / "original").mkdir()
+    for path in folder.glob("model*"):
+        path.rename(folder / "original" / path.name)
+
+
 def make_pointer(folder: Path) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1\n"
     for path in folder.glob("*.safetensors"):
@@ -173,7 +179,17 @@ WEIGHTS = {
     "a damaged index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json is damaged"),
     **{
         f"{name} alone": (lambda f, name=name: only(f, name), f"found {re.escape(name)}, which cannot be loaded")
-        for name in ("tf_model.h5", "flax_model.msgpack", "model.pth", "model.safetensors.part", "consolidated.00.pth")
+        for name in (
+            "tf_model.h5",
+            "flax_model.msgpack",
+            "model.pth",
+            "model.safetensors.part",
+            "model.safetensors.tmp",
+            "consolidated.00.pth",
+            "adapter_model.safetensors",
+            "model.q4.gguf",
+            "tf_model.h5.index.json",
+        )
     },
     "keys of DDP": (lambda f: rename(f, "module.{}".format), r"lack 21 tensor.*does not know: module\.lm_head"),
     "a missing layer": (lambda f: rename(f, lambda n: None if "layers.1" in n else n), r"lack 9 .*layers\.1"),
@@ -181,6 +197,7 @@ WEIGHTS = {
         lambda f: rename(f, lambda n: None if "lm_head" in n else n),
         r"lack 1 .*lm_head.weight",
     ),
+    "weights in a folder below": (lambda f: move_below(f), r"found original/model\S*\.safetensors"),
     "pointers of Git LFS": (make_pointer, "is a Git LFS pointer.*git lfs pull"),
     "a cut file": (lambda f: [os.truncate(p, 1000) for p in f.glob("*.safetensors")], "weights are damaged"),
 }
@@ -195,7 +212,7 @@ def test_weights_that_do_not_load_are_an_error_unless_from_scratch(tmp_path, cas
     with pytest.raises(UserError, match=message):
         load(folder)
     with pytest.raises(UserError, match=rf"{message}|has no weights"):
-        load_trained_model(ModelNameConfig(model_name=str(folder)))
+        load_trained_model(ModelNameConfig(model_name=str(folder)), 97)
     assert load(folder, from_scratch=True)
 
 
@@ -214,6 +231,17 @@ def test_a_pytorch_model_bin_that_cannot_be_read_is_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("other", ["pytorch_model.bin.index.json", "pytorch_model.bin", "q4.gguf", "tf_model.h5"])
+def test_files_of_other_formats_beside_complete_weights_are_ignored(tmp_path, other):
+    """Many folders of the Hub have several formats, of which one is downloaded."""
+    model = build_model(LLAMA, tmp_path / "config")
+    model.save_pretrained(tmp_path / "model")
+    content = '{"weight_map": {"a": "missing.bin"}}' if other.endswith("json") else "version https://git-lfs"
+    (tmp_path / "model" / other).write_text(content)
+    (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "missing.safetensors"}}')
+    assert hash_weights(load(tmp_path / "model")) == hash_weights(model)
+
+
 def test_tied_weights_and_recomputed_tensors_need_no_file(tmp_path):
     """The output layer of GPT-2 is its embedding; older files have the causal masks that are computed now."""
     folder = save(tmp_path, GPT2)
@@ -229,7 +257,7 @@ def test_a_vocabulary_larger_than_the_weights_is_one_line(tmp_path):
     folder = save(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
-    with pytest.raises(UserError, match=r"the weights are damaged, or do not fit config\.json"):
+    with pytest.raises(UserError, match=r"fit config\.json: \S+ has the shape \[97, 32\], expected \[200, 32\]"):
         load(folder)
 
 
@@ -241,8 +269,28 @@ SIZES = {
     "num_attention_heads": 2,
 }
 OPENAI = OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=2)
+CTRL = CTRLConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=2, dff=8)
 MAMBA = MambaConfig(vocab_size=97, hidden_size=16, state_size=4, num_hidden_layers=1)
 ROBERTA = RobertaConfig(**SIZES, is_decoder=True, max_position_embeddings=34, pad_token_id=1)
+
+
+@pytest.mark.parametrize("values", [{"n_layer": "two"}, {"n_head": 0}, []])
+def test_a_wrong_config_json_is_one_line(tmp_path, values):
+    GPT2.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | values if values else []))
+    with pytest.raises(UserError, match="can be loaded") as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_that_the_model_does_not_know_is_logged(tmp_path, caplog):
+    """Such as a layer that config.json leaves out."""
+    folder = save(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    load(folder)
+    assert "the model does not use 9 tensor(s) of its weights: model.layers.1." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -250,11 +298,12 @@ ROBERTA = RobertaConfig(**SIZES, is_decoder=True, max_position_embeddings=34, pa
     [
         (OPENAI, {"gradient_checkpointing": True}, "--gradient-checkpointing does not work with openai-gpt"),
         (
-            CTRLConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=2, dff=8),
+            CTRL,
             {"gradient_checkpointing": True},
             "with ctrl",
         ),
         (MAMBA, {"lora_rank": 4}, "--lora-rank does not work with mamba"),
+        (CTRL, {"lora_rank": 4}, "--lora-rank does not work with ctrl"),
         (
             T5Config(vocab_size=97, d_model=16, num_layers=1, d_ff=16, num_heads=2),
             {},

@@ -46,7 +46,7 @@ def test_the_values_at_the_ends_of_the_ranges_are_accepted():
 def test_metrics_compare_the_second_half_of_documents_with_what_the_model_generates_after_the_first(trained):
     """Documents of fewer than eight tokens are not used, and a document ends with its end-of-text token."""
     tokenizer = AutoTokenizer.from_pretrained(trained / "final")
-    model = load_trained_model(ModelNameConfig(model_name=str(trained / "final")))
+    model = load_trained_model(ModelNameConfig(model_name=str(trained / "final")), 2048)
     texts = [
         "The harbour is quiet in the morning, and a boat comes in.",
         "Short",
