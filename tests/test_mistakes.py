@@ -108,7 +108,10 @@ def encoder_and_decoder(folder):
 def weights_of_another_program(folder):
     save_with_tokenizer(folder, GPT2Config(vocab_size=2048, n_positions=64, n_embd=8, n_layer=1, n_head=1))
     (folder / "tf_model.h5").write_bytes(b"weights")
-    return ["--model-name", folder], "found tf_model.h5, which cannot be loaded from this folder; expected model.safetensors"
+    return [
+        "--model-name",
+        folder,
+    ], "found tf_model.h5, which cannot be loaded from this folder; expected model.safetensors"
 
 
 def large_seed(folder):
