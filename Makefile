@@ -55,9 +55,8 @@ quality: .venv/ready-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 
-# Three workers, also on two cores: the tests often wait.
 test: quality
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup -m 'not alone and $(QUICK)'
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup -m 'not alone and $(QUICK)'
 	$(BIN)/python -m pytest -m 'alone and $(QUICK)'
 
 faults: .venv/ready-dev

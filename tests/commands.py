@@ -40,10 +40,16 @@ class Finished:
 
 
 class Running:
-    """A command in its own process group, with its output in a file."""
+    """A command in its own process group, with its output in a file; `warm`: a script, see warm_process.py."""
 
-    def __init__(self, command: list, log: Path, cwd: Path = ROOT, prefix: list | None = None):
+    def __init__(self, command: list, log: Path, cwd: Path = ROOT, prefix: list | None = None, warm: bool = False):
         self.log, self.begun = log, time.monotonic()
+        if warm:
+            from warm_process import WarmProcess
+
+            log.touch()
+            self.process = WarmProcess([*map(str, command[1:])], log)
+            return
         words = [*(prefix or []), *map(str, command)]
         with open(log, "wb") as output:
             self.process = subprocess.Popen(

@@ -92,7 +92,7 @@ def train(run, tmp_path):
 
     def train(*flags, launcher: tuple = (sys.executable,), folder: str = "run", **options) -> tuple[Path, Finished]:
         words = [*launcher, "scripts/train.py", *flags, "--output-dir", tmp_path / folder]
-        return tmp_path / folder, run(words, **options)
+        return tmp_path / folder, run(words, warm=launcher == (sys.executable,), **options)
 
     return train
 
@@ -112,7 +112,8 @@ def two_processes(tmp_path, free_port) -> tuple:
 @pytest.fixture(scope="session")
 def trained(make_once, home) -> Path:
     """The folder of a run of 50 steps in one process: a reference, and a pretrained model to start from."""
-    return make_once("trained", [sys.executable, "scripts/train.py", *SHORT, *QUIET, "--output-dir", "OUTPUT"])
+    words = [sys.executable, "scripts/train.py", *SHORT, *QUIET, "--output-dir", "OUTPUT"]
+    return make_once("trained", words, warm=True)
 
 
 @pytest.fixture

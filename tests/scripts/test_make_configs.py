@@ -78,7 +78,7 @@ def test_the_printed_commands_check_the_cluster_and_train_on_it(hosts, start, tm
     assert [each.code for each in checked] == [0, 0], checked[0].output + checked[1].output
     assert "home-lab: no problems found" in checked[1].output
     flags = [*SHORT, "--batch-size", "12", "--max-steps", "20", "--log-every", "1", "--eval-every", "0"]
-    one = start([sys.executable, "scripts/train.py", *flags, "--output-dir", tmp_path / "one"]).finish()
+    one = start([sys.executable, "scripts/train.py", *flags, "--output-dir", tmp_path / "one"], warm=True).finish()
     assert one.code == 0, one.output
     for number, lines in enumerate(([first, second], [same] * 2)):
         folder = tmp_path / f"run{number}"
