@@ -1,10 +1,19 @@
 """Reads the documents of files, and writes files with documents."""
 
+import csv
+import gzip
+import io
 import json
+
+import pytest
+from backports import zstd
 
 from forge_lib.config import DataConfig
 from forge_lib.data.files import find_source
 from forge_lib.data.reading import Reader
+from forge_lib.errors import UserError
+
+COMPRESS = {"": lambda data: data, ".gz": gzip.compress, ".zst": zstd.compress}
 
 
 def read_all(path, **options) -> tuple[list[str], Reader]:
@@ -27,3 +36,16 @@ def read(path, **options) -> list[str]:
 
 def as_jsonl(rows: list) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def as_csv(rows: list[list[str]]) -> bytes:
+    file = io.StringIO()
+    csv.writer(file).writerows(rows)
+    return file.getvalue().encode()
+
+
+def error_of(path, **options) -> str:
+    with pytest.raises(UserError) as error:
+        read(path, **options)
+    assert str(path.name) in str(error.value)
+    return str(error.value)

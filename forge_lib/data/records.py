@@ -15,7 +15,7 @@ from forge_lib.data.streams import READ_BYTES, Advance, open_bytes, open_text
 from forge_lib.errors import UserError
 
 MAX_FIELD_CHARACTERS = 1 << 28  # of csv: a missing quote would otherwise read the rest of the file as one field
-LONGEST_LITERAL = 10  # characters of -Infinity or of \\uXXXX, and one more
+LONGEST_LITERAL = 10  # one character more than -Infinity has
 PARQUET_BATCH_BYTES = 1 << 20
 
 Record = tuple[str, Any]  # where it is, for a message; and what it is
@@ -149,7 +149,7 @@ class _JsonParser:
     def __init__(self, path: Path, file: TextIO):
         self.num_values = 0
         self._path, self._file = path, file
-        self._text, self._at, self._has_ended = "", 0, False
+        self._text, self._at = "", 0  # what is in memory, and where the next value begins
 
     def value(self) -> Any:
         """Returns the next value; reads on while it is incomplete."""
