@@ -104,6 +104,9 @@ def _read_text(path: Path, errors: str, advance: Advance) -> Iterator[str]:
 def split(blocks: Iterable[str], sample_by: str, separator: str = "") -> Iterator[Piece]:
     """Splits a text into documents.
 
+    A document is yielded in pieces of about READ_BYTES characters. No piece but the last one ends with white space, so
+    the blank lines between two paragraphs are never cut, however long they are.
+
     Args:
         blocks: the text.
         sample_by: "document" (all of it), "paragraph" (between blank lines) or "line".
@@ -111,10 +114,11 @@ def split(blocks: Iterable[str], sample_by: str, separator: str = "") -> Iterato
     """
     limits = {"paragraph": [r"\n\s*\n"], "line": [r"\n"], "document": []}[sample_by]
     limit = re.compile("|".join([re.escape(separator), *limits] if separator else limits) or r"(?!)")
-    strips = sample_by != "document" or separator != ""  # line feeds at the begin and at the end of a document
+    strips = sample_by != "document" or separator != ""  # blank lines before a document, line feeds behind it
+    blank_lines = re.compile(r"(\s*\n)?" if sample_by == "paragraph" else r"\n*")
 
     def piece(text: str, is_last: bool) -> Piece:
-        text = text.lstrip("\n") if strips and not has_begun else text
+        text = text[blank_lines.match(text).end() :] if strips and not has_begun else text
         return text.rstrip("\n") if strips and is_last else text, is_last
 
     rest, has_begun = "", False  # text not yet in a piece; whether its document has earlier pieces
@@ -125,8 +129,8 @@ def split(blocks: Iterable[str], sample_by: str, separator: str = "") -> Iterato
             if has_begun or text.strip():
                 yield piece(text, True)
                 has_begun = False
-        while len(rest) >= READ_BYTES and (has_begun or not rest.isspace()):
-            cut = _find_cut(rest, READ_BYTES - len(separator))  # a separator may have begun
+        while len(text := rest.lstrip()) >= READ_BYTES:
+            cut = len(rest) - len(text) + _find_cut(text, READ_BYTES - len(separator))  # a separator may have begun
             yield piece(rest[:cut], False)
             rest, has_begun = rest[cut:], True
     if has_begun or rest.strip():
@@ -134,17 +138,15 @@ def split(blocks: Iterable[str], sample_by: str, separator: str = "") -> Iterato
 
 
 def _find_cut(text: str, stop: int) -> int:
-    """Returns where to cut a text between stop / 2 and stop: before white space, or else behind a word, or at stop."""
+    """Returns where to cut a text that begins with a word: before white space, or else behind a word, or at stop."""
     half = max(1, stop // 2)
     cut = max(text.rfind(" ", half, stop), 0) or max(text.rfind("\n", half, stop), 0)
     if not cut:
         ends = (
             at for at in range(min(stop, len(text) - 1), half, -1) if text[at - 1].isalnum() and not text[at].isalnum()
         )
-        return next(ends, stop)
-    while cut > half and text[cut - 1].isspace():
-        cut -= 1
-    return cut
+        cut = next(ends, stop)
+    return len(text[:cut].rstrip())
 
 
 def _read_hub(config: DataConfig) -> Iterator[str]:
