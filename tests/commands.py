@@ -40,7 +40,7 @@ class Finished:
 
 
 class Running:
-    """A command in its own process group, with its output in a file; `warm`: a script, see warm_process.py."""
+    """A command in its own process group, with its output in a file; `warm`: a Python script, see warm_process.py."""
 
     def __init__(self, command: list, log: Path, cwd: Path = ROOT, prefix: list | None = None, warm: bool = False):
         self.log, self.begun = log, time.monotonic()
@@ -48,7 +48,7 @@ class Running:
             from warm_process import WarmProcess
 
             log.touch()
-            self.process = WarmProcess([*map(str, command[1:])], log)
+            self.process = WarmProcess([str(word) for word in command if word != sys.executable], log, cwd)
             return
         words = [*(prefix or []), *map(str, command)]
         with open(log, "wb") as output:

@@ -92,7 +92,7 @@ def train(run, tmp_path):
 
     def train(*flags, launcher: tuple = (sys.executable,), folder: str = "run", **options) -> tuple[Path, Finished]:
         words = [*launcher, "scripts/train.py", *flags, "--output-dir", tmp_path / folder]
-        return tmp_path / folder, run(words, warm=launcher == (sys.executable,), **options)
+        return tmp_path / folder, run(words, warm=launcher[0] in (sys.executable, BIN / "accelerate"), **options)
 
     return train
 

@@ -59,7 +59,7 @@ def test_a_run_of_an_older_version_is_continued_bit_for_bit(folder, run):
 def test_the_weights_of_an_old_checkpoint_are_loaded_exactly(folder, run):
     """A run that is already complete writes the weights that it loaded as its final model."""
     words = [sys.executable, ROOT / "scripts" / "train.py", *FLAGS, "--max-steps", "4", "--output-dir", "run"]
-    ended = run(words, cwd=folder)
+    ended = run(words, cwd=folder, warm=True)
     assert ended.code == 0, ended.output
     saved = load_file(OLD / "run" / "checkpoints" / "step-00000004" / "model.safetensors")
     final = load_file(folder / "run" / "final" / "model.safetensors")

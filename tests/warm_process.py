@@ -1,6 +1,6 @@
-"""Runs a script in a fork of a process that has imported the slow packages: it starts three seconds sooner.
+"""Runs a script, or `accelerate launch`, in a fork of a process that has imported the slow packages: it starts sooner.
 
-The scripts are the same, and so is what they do; launchers, signals to launchers and startup are tested with real
+The scripts are the same, and so is what they do; each kind of launcher, signals and startup are tested with real
 commands.
 """
 
@@ -17,15 +17,16 @@ from commands import ROOT
 # Imported once by the server from which all processes are forked. Nothing may compute there: threads do not survive a
 # fork.
 PRELOAD = ["torch", "accelerate", "transformers.models.gpt2.modeling_gpt2", "transformers.generation", "warm_imports"]
+PRELOAD += ["accelerate.commands.launch", "torch.distributed.run"]
 _context = multiprocessing.get_context("forkserver")
 
 
 class WarmProcess:
     """A running script, with the methods of subprocess.Popen that tests use."""
 
-    def __init__(self, words: list[str], log: Path):
+    def __init__(self, words: list[str], log: Path, cwd: Path = ROOT):
         _context.set_forkserver_preload(PRELOAD)
-        self._process = _context.Process(target=_run, args=(words, log, dict(os.environ)))
+        self._process = _context.Process(target=_run, args=(words, log, cwd, dict(os.environ)))
         self._process.start()
         self.pid = self._process.pid
 
@@ -55,9 +56,9 @@ class WarmProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(words: list[str], log: Path, environment: dict[str, str]) -> None:
+def _run(words: list[str], log: Path, cwd: Path, environment: dict[str, str]) -> None:
     os.setsid()
-    os.chdir(ROOT)
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -226,7 +226,7 @@ def not_wireguard(machines: Hosts, path: Path) -> str:
 def test_over_wireguard_losses_are_unchanged_and_nobody_else_reads_or_reaches_the_run(machines, start, run, tmp_path):
     """Token store, checkpoint and gradients are sent; the same search finds the first two inside the tunnel."""
     alone, folders = tmp_path / "alone", [tmp_path / name for name in ("run1", "run2")]
-    ended = run([sys.executable, "scripts/train.py", *FLAGS, "--output-dir", alone])
+    ended = run([sys.executable, "scripts/train.py", *FLAGS, "--output-dir", alone], warm=True)
     assert ended.code == 0, ended.output
     begun = Path("checkpoints") / f"step-{BEGUN:08d}"
     shutil.copytree(alone / begun, folders[0] / begun)

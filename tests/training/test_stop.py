@@ -9,6 +9,7 @@ import sys
 import termios
 import time
 
+import psutil
 import pytest
 from commands import BIN, QUIET, ROOT, SHORT, accelerate_launcher
 from run_folders import rows
@@ -53,6 +54,11 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
     assert subprocess.run([sys.executable, "-c", program], timeout=50).returncode == 130
 
 
+def descendants(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
 @pytest.mark.parametrize(
     ("launcher", "how"),
     [("forge", "closed terminal"), ("accelerate", "closed terminal"), ("forge", "Ctrl-C for a pipe")],
@@ -88,7 +94,11 @@ def test_a_run_saves_and_stops_when_its_terminal_or_pipe_is_closed(launcher, how
         os.close(reading)
         if how != "closed terminal":
             os.killpg(process.pid, signal.SIGINT)
-        code = process.wait(60)
+        try:
+            code = process.wait(60)
+        except subprocess.TimeoutExpired:
+            family = [each.as_dict(["pid", "cmdline", "status"]) for each in descendants(process.pid)]
+            pytest.fail(f"still running: {family}\n{rows(tmp_path / 'run')[-1:]}{rows(tmp_path / 'run', 'event')}")
         assert code == 0 or launcher == "accelerate"  # its launcher reports a signal to itself as a failure
     finally:
         process.kill()  # and all that it has started, where it lives
