@@ -1,5 +1,6 @@
 """Fixtures that all tests share. Plain helpers are in the modules beside this file."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -15,6 +16,10 @@ from networks import Hosts
 # OpenMP's threads wait without using the processor. By default they spin: two programs on the same cores, each with a
 # thread per core, then take fifty times as long. It changes no result.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+# A forked test process never collects the garbage of its parent: the tensors in it belong to threads that it lacks,
+# and to free them has crashed it.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 @pytest.fixture(scope="session", autouse=True)

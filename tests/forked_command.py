@@ -1,6 +1,5 @@
 """The command p2p-llm-forge in a fork of the test's process: it starts at once, because everything is imported."""
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -50,7 +49,6 @@ class ForkedCommand:
 
 
 def _run(flags: list[str], log: Path) -> None:
-    gc.freeze()  # to collect the garbage of earlier tests, such as tensors, could crash: their threads are not here
     os.setsid()
     os.chdir(ROOT)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
