@@ -1,7 +1,7 @@
 """Runs a script, or `accelerate launch`, in a fork of a process that has imported the slow packages: it starts sooner.
 
-The scripts are the same, and so is what they do; each kind of launcher, signals and startup are tested with real
-commands.
+The launcher sets the same environment variables, but forks its workers instead of starting Python. The scripts are the
+same, and so is what they do; each kind of launcher, signals and startup are tested with real commands.
 """
 
 import multiprocessing
@@ -10,9 +10,12 @@ import runpy
 import signal
 import subprocess
 import sys
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
-from commands import ROOT
+import torch
+from commands import BIN, ROOT
+from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
 # Imported once by the server from which all processes are forked. Nothing may compute there: threads do not survive a
 # fork.
@@ -26,7 +29,10 @@ class WarmProcess:
 
     def __init__(self, words: list[str], log: Path, cwd: Path = ROOT):
         _context.set_forkserver_preload(PRELOAD)
-        self._process = _context.Process(target=_run, args=(words, log, cwd, dict(os.environ)))
+        self._start(_context, words, log, cwd, dict(os.environ))
+
+    def _start(self, context: BaseContext, words: list[str], log: Path | None, cwd: Path, environment: dict) -> None:
+        self._process = context.Process(target=_run, args=(words, log, cwd, environment))
         self._process.start()
         self.pid = self._process.pid
 
@@ -56,7 +62,14 @@ class WarmProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(words: list[str], log: Path, cwd: Path, environment: dict[str, str]) -> None:
+class _WarmWorker(WarmProcess):
+    """A worker that torchrun starts: it writes to the launcher's output."""
+
+    def __init__(self, words: list[str], environment: dict[str, str]):
+        self._start(multiprocessing.get_context("fork"), words, None, Path.cwd(), environment)
+
+
+def _run(words: list[str], log: Path | None, cwd: Path, environment: dict[str, str]) -> None:
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -64,10 +77,15 @@ def _run(words: list[str], log: Path, cwd: Path, environment: dict[str, str]) ->
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY | os.O_APPEND), (2, os.O_WRONLY | os.O_APPEND)):
-        file = os.open(log if descriptor else os.devnull, flags)
-        os.dup2(file, descriptor)
+    if log:
+        for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY | os.O_APPEND), (2, os.O_WRONLY | os.O_APPEND)):
+            file = os.open(log if descriptor else os.devnull, flags)
+            os.dup2(file, descriptor)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    if "OMP_NUM_THREADS" in environment:  # torch has read the variable before the fork
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if words[0] == str(BIN / "accelerate"):
+        SubprocessHandler._popen = lambda self, args, env: _WarmWorker([*args[args.index("-u") + 1 :]], env)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")

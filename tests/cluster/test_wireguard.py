@@ -34,7 +34,7 @@ wireguard: {{subnet: 10.88.0.0/24, port: 51820}}
 TOOLS = ("wg-quick", "wireguard-go", "nft", "tcpdump", "ss")
 STRANGER = 3
 OPEN = 8000  # a port that no run uses and the firewall leaves open
-BEGUN, STEPS = 10, 30  # one machine trains the first steps alone, both the rest over WireGuard
+BEGUN, STEPS = 10, 20  # one machine trains the first steps alone, both the rest over WireGuard
 FLAGS = [*SHORT, *QUIET, "--max-steps", STEPS, "--checkpoint-every", BEGUN, "--keep-checkpoints", STEPS // BEGUN]
 PIECE = 64  # bytes
 WINDOW = 1 << 24  # of a capture, searched at once

@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, start, tmp_path, two_processes
     reference, ended = train(*flags, launcher=launcher, folder="whole")
     assert ended.code == 0, ended.output
     folder = tmp_path / "parts"
-    stopped = start([*launcher, "scripts/train.py", *flags, "--output-dir", folder], warm=count == 1)
+    stopped = start([*launcher, "scripts/train.py", *flags, "--output-dir", folder], warm=True)
     while not (folder / "checkpoints" / "step-00000025").exists():
         assert stopped.process.poll() is None, stopped.log.read_text()
         time.sleep(0.05)
