@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from forge_lib.config import TrainConfig, flag_name
+from forge_lib.elastic.config import ElasticConfig
 from forge_lib.flags import groups_of
 from forge_lib.launch.config import ForgeConfig
 from scripts.benchmark import BenchmarkConfig
@@ -32,6 +33,7 @@ mask_documents: true
 """
 PROGRAMS = {
     "scripts/train.py": TrainConfig,
+    "scripts/train_elastic.py": ElasticConfig,
     "p2p-llm-forge": ForgeConfig,
     "scripts/prepare_data.py": PrepareConfig,
     "scripts/evaluate.py": EvaluateConfig,

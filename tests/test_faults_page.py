@@ -10,7 +10,7 @@ from commands import ROOT
 
 from forge_lib.errors import EXIT_DIVERGED, EXIT_PEER_LOST, EXIT_USER_ERROR
 
-PAGE = (ROOT / "docs" / "faults.md").read_text()
+PAGE = "\n".join((ROOT / "docs" / name).read_text() for name in ("faults.md", "slow-links.md"))
 VALUE = "\0"  # stands for a value in a message of the code; the page writes `…`
 
 # How a text in the code becomes part of a message: as an argument of one of these calls, an item appended to one of

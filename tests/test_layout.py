@@ -1,6 +1,7 @@
 """The structure that CONTRIBUTING.md promises: imports go one way, and files and functions stay small."""
 
 import ast
+import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ GROUPS = [
     {"errors", "disk", "config", "flags", "process"},
     {"data", "models", "checkpoints", "distributed", "cluster"},
     {"training", "launch", "check"},
+    {"elastic"},
 ]
 EXCEPTIONS: dict[tuple[str, str], str] = {}  # (importing folder, imported folder): the reason
 
@@ -51,7 +53,7 @@ def broken_imports(path: Path, source: str) -> list[str]:
 
 
 def test_imports_go_from_right_to_left_only():
-    """{errors, disk, ...} < {data, models, ...} < {training, launch, check} < scripts."""
+    """{errors, disk, ...} < {data, models, ...} < {training, launch, check} < {elastic} < scripts."""
     paths = [path for folder in ("forge_lib", "scripts") for path in (ROOT / folder).rglob("*.py")]
     broken = [
         line for path in paths if path != LIBRARY / "__init__.py" for line in broken_imports(path, path.read_text())
@@ -107,3 +109,48 @@ def test_the_page_how_it_works_names_each_file_of_the_library_once():
     page = (ROOT / "docs" / "how-it-works.md").read_text()
     named = re.findall(r"`(\w+\.py)`", page[page.index("| Topic |") :])
     assert sorted(named) == sorted(path.name for path in LIBRARY.rglob("*.py") if path.name != "__init__.py")
+
+
+# The lines by which the loop of train_elastic.py differs from that of train.py: what it adds, and what it replaces.
+LOOP_DIFFERENCES = """
+-    config: TrainConfig, run: Run, accelerator: Accelerator, inputs: Inputs, optimizers: list[torch.optim.Optimizer]
++    config: ElasticConfig,
++    run: Run,
++    rounds: Rounds,
++    accelerator: Accelerator,
++    inputs: Inputs,
++    optimizers: list[torch.optim.Optimizer],
+-    run.begin(model, optimizers)
++    run.begin(model, optimizers, also_save=[rounds.outer])
++    learning_rate = rounds.begin(learning_rate)
+-        evaluate(run, model)
++        rounds.evaluate(model)
+-    for step, blocks, batch in run.steps():
++    for step, blocks, batch in run.steps(rounds.batches()):
+-        run.step_done(mean_loss, grad_norm, learning_rate(step))
++        rounds.step_done(mean_loss, num_targets, grad_norm)
+-            evaluate(run, model)
++            rounds.evaluate(model)
+"""
+
+
+def loop_lines(script: str) -> list[str]:
+    """Returns the lines of a script's `train()`, without its docstring and comments."""
+    source = (ROOT / "scripts" / script).read_text()
+    (node,) = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "train"]
+    lines = source.splitlines()
+    head = lines[node.lineno - 1 : node.body[0].lineno - 1]
+    body = [line.split("  # ")[0].rstrip() for line in lines[node.body[0].end_lineno : node.end_lineno]]
+    return [*head, *(line for line in body if line and not line.lstrip().startswith("#"))]
+
+
+def test_the_loops_of_the_sibling_scripts_differ_only_in_their_feature():
+    base, sibling = loop_lines("train.py"), loop_lines("train_elastic.py")
+    found = [line for line in difflib.ndiff(base, sibling) if line[0] in "+-"]
+    found = [line[0] + line[2:] for line in found]
+    assert sorted(found) == sorted(LOOP_DIFFERENCES.strip().splitlines()), "\n".join(found)
+
+
+def test_only_one_file_touches_torchft():
+    using = [path.name for path in LIBRARY.rglob("*.py") if re.search(r"(from|import) torchft", path.read_text())]
+    assert using == ["membership.py"]

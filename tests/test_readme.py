@@ -18,6 +18,7 @@ PAGES = ["README.md", "README.tr.md", "CONTRIBUTING.md", "accelerate_configs/REA
 PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = {
     "train": "TrainConfig",
+    "train_elastic": "ElasticConfig",
     "evaluate": "EvaluateConfig",
     "generate": "GenerateConfig",
     "prepare_data": "PrepareConfig",

@@ -24,6 +24,14 @@ from forge_lib.checkpoints.verify import DAMAGE, brief, check_tensors, read_json
 from forge_lib.errors import UserError
 
 
+class CheckpointedOptimizer(torch.optim.Optimizer):
+    """An optimizer of this project, which knows the shapes of its tensors; a base class."""
+
+    def state_shapes(self, shape: tuple) -> dict[str, tuple]:
+        """Returns the shapes of the optimizer's tensors for a parameter of this shape, by key."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Found:
     """The checkpoint from which to continue, if there is one, and why others cannot be used."""
@@ -159,6 +167,8 @@ def _expected_shapes(optimizers: list[torch.optim.Optimizer], values: dict[str, 
 
 def state_shapes(optimizer: torch.optim.Optimizer, shape: tuple) -> dict[str, tuple]:
     """Returns the shapes of an optimizer's tensors for a parameter of this shape, by key."""
+    if isinstance(optimizer, CheckpointedOptimizer):
+        return optimizer.state_shapes(shape)
     if isinstance(optimizer, torch.optim.Muon):
         return {"momentum_buffer": shape}
     if isinstance(optimizer, torch.optim.AdamW):

@@ -90,7 +90,14 @@ class BatchPlan:
 
     def batch(self, step: int) -> np.ndarray:
         """Returns the block indices of the global batch of `step` (from 0), int64, in order."""
-        samples = np.arange(self.num_samples(step), self.num_samples(step + 1))
+        return self.blocks(np.arange(self.num_samples(step), self.num_samples(step + 1)))
+
+    def batches(self, first_step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (step, block indices of its global batch) from `first_step` until the end of the run."""
+        return ((step, self.batch(step)) for step in range(first_step, self.num_steps))
+
+    def blocks(self, samples: np.ndarray) -> np.ndarray:
+        """Returns the block index of each sample, int64; sample s is the s-th block of the endless sequence."""
         epochs, positions = np.divmod(samples, self.num_blocks)
         keys = {epoch: (int(epoch) << 64) + self.seed % (1 << 64) for epoch in np.unique(epochs)}
         return np.concatenate(

@@ -23,30 +23,26 @@ logger = logging.getLogger("forge")
 
 
 @torch.no_grad()
-def evaluate_model(
+def evaluation_rows(
     accelerator: Accelerator,
     model: nn.Module,
     dataset: Dataset,
     batch_size: int,
-    tokens_per_byte: float,
     barrier: Callable[[], object] = lambda: None,
     use_copy: bool = False,
-) -> dict[str, float]:
-    """Returns eval_tokens, loss, perplexity, bits_per_byte and next_token_accuracy over all blocks of `dataset`.
+) -> torch.Tensor:
+    """Returns [num_processes, 3] fp64: the sums of `evaluation_sums` over the blocks that each process has evaluated.
 
     Every target counts once, whatever the number of processes. Call on all processes; all get the same result.
 
     Args:
         accelerator: the processes.
         model: prepared or not.
-        dataset: a BlockDataset; each process evaluates every num_processes-th block.
+        dataset: a BlockDataset or a subset of it; each process evaluates every num_processes-th block.
         batch_size: sequences per forward pass.
-        tokens_per_byte: tokens of the data per UTF-8 byte of it.
-        use_copy: of `evaluation_mode`.
         barrier: waits for the other processes before the sums are gathered; it may take up to an hour.
+        use_copy: of `evaluation_mode`.
     """
-    from forge_lib.training.evaluation_metrics import compute_metrics  # evaluate and datasets: seconds of imports
-
     mine = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
     sums = torch.zeros(3, dtype=torch.float64)
     with evaluation_mode(accelerator.unwrap_model(model), use_copy) as evaluated:
@@ -55,8 +51,42 @@ def evaluate_model(
             with accelerator.autocast():
                 sums += torch.tensor(evaluation_sums(evaluated, batch), dtype=torch.float64)
     barrier()
-    rows = gather(sums.to(accelerator.device, sum_dtype(accelerator.device))[None]).cpu().double()
+    return gather(sums.to(accelerator.device, sum_dtype(accelerator.device))[None]).cpu().double()
+
+
+def evaluate_model(
+    accelerator: Accelerator, model: nn.Module, dataset: Dataset, batch_size: int, tokens_per_byte: float, **options
+) -> dict[str, float]:
+    """Returns eval_tokens, loss, perplexity, bits_per_byte and next_token_accuracy over all blocks of `dataset`.
+
+    Args:
+        accelerator, model, dataset, batch_size, options: of `evaluation_rows`.
+        tokens_per_byte: tokens of the data per UTF-8 byte of it.
+    """
+    from forge_lib.training.evaluation_metrics import compute_metrics  # evaluate and datasets: seconds of imports
+
+    rows = evaluation_rows(accelerator, model, dataset, batch_size, **options)
     return compute_metrics(rows.numpy(), tokens_per_byte)
+
+
+def evaluation_totals(run: Run, model: nn.Module, dataset: Dataset, name: str) -> list[float]:
+    """Returns the sums of `evaluation_sums` over some held-out blocks of a run. Call on all processes.
+
+    Args:
+        run, model: of which.
+        dataset: the blocks.
+        name: of the blocks; no other call at the same step has it.
+    """
+    run.inputs.eval_store.check_unchanged()
+    rows = evaluation_rows(
+        run.accelerator,
+        model,
+        dataset,
+        run.config.micro_batch_size,
+        barrier=lambda: run.peers.barrier(f"evaluated/{run.step}/{name}"),
+        use_copy=run.inputs.changes_in_evaluation,
+    )
+    return rows.sum(dim=0).tolist()
 
 
 def evaluate(run: Run, model: nn.Module) -> None:

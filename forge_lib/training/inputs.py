@@ -1,6 +1,7 @@
 """The inputs of a run: tokenizer, model, data and batch plan, the same on all processes."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +15,17 @@ from forge_lib.data.corpus import describe_store, prepare_store
 from forge_lib.data.files import data_exists
 from forge_lib.data.token_store import TokenStore, is_store, open_store, received_folder, verify_store
 from forge_lib.data.tokenizing import splitting_fingerprint, tokenizer_fingerprint, vocabulary_size
-from forge_lib.distributed.agreement import compare_inputs
+from forge_lib.distributed.agreement import compare_inputs, describe_world
 from forge_lib.distributed.facts import InputFacts
 from forge_lib.models.checking import check_model
 from forge_lib.models.fingerprints import hash_config, hash_weights
 from forge_lib.models.loading import adapt_model, load_model, load_tokenizer, model_exists
 from forge_lib.models.weight_files import has_weights
 from forge_lib.training.fetch import fetch
+from forge_lib.training.log import describe_batches
 from forge_lib.training.session import Session
+
+logger = logging.getLogger("forge")
 
 # A checkpoint can only be continued with the same values of these flags.
 FIXED_FLAGS = (
@@ -207,3 +211,18 @@ def describe_identity(
         "model": f"{model.config.model_type} of {sum(p.numel() for p in model.parameters()):,} parameters",
         **{name: getattr(config, name) for name in FIXED_FLAGS},
     }
+
+
+def log_start(session: Session, inputs: Inputs, shares: list[int], lines: list[str]) -> None:
+    """Logs the first lines of a run: warnings, the world, what was loaded, and the batch arithmetic.
+
+    Args:
+        session, inputs: of the run.
+        shares: of the global batch, by rank.
+        lines: warnings about the checkpoints.
+    """
+    for line in (*session.agreement.warnings, *inputs.warnings, *lines):
+        logger.warning(line)
+    batches = describe_batches(session.config, inputs.plan, shares)
+    for line in (describe_world(session.agreement), *inputs.notes, batches):
+        logger.info(line)

@@ -4,13 +4,17 @@ import json
 import logging
 import math
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from forge_lib.config import TrainConfig
 from forge_lib.data.batches import BatchPlan
@@ -96,3 +100,31 @@ def describe_batches(config: TrainConfig, plan: BatchPlan, shares: list[int]) ->
         f"{config.batch_size * config.sequence_length:,} tokens per step; {plan.num_steps:,} steps = "
         f"{plan.num_samples(plan.num_steps) / plan.num_blocks:.2f} epochs of {plan.num_blocks:,} sequences"
     )
+
+
+def describe_evaluation(results: dict[str, float]) -> str:
+    """Returns the results of an evaluation for the log."""
+    return (
+        f"held-out loss {results['eval_loss']:.4f}  perplexity {results['perplexity']:,.2f}  "
+        f"{results['bits_per_byte']:.3f} bits/byte  accuracy {results['next_token_accuracy']:.1%}"
+    )
+
+
+def log_resume(log: MetricsLog, step: int, plan: BatchPlan, changed: list[str]) -> None:
+    """Logs that a run continues.
+
+    Args:
+        log, plan: of the run.
+        step: of its checkpoint.
+        changed: a line for each setting that differs from the checkpoint's.
+    """
+    logger.info("; ".join([f"resuming after step {step} of {plan.num_steps}", *changed]))
+    log.write(step=step, event="resume", num_processes=PartialState().num_processes, changed=changed)
+
+
+@contextmanager
+def progress_bar(num_steps: int, step: int, is_main: bool) -> Iterator[tqdm]:
+    """Shows a progress bar on the main process, if stderr is a terminal; log lines are printed above it."""
+    is_quiet = None if is_main else True  # None: quiet unless stderr is a terminal
+    with tqdm(total=num_steps, initial=step, unit="step", disable=is_quiet) as bar, logging_redirect_tqdm():
+        yield bar

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,13 +12,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from forge_lib.config import TrainConfig
 from forge_lib.data.batches import divide_batch, micro_batches, read_batch, share_of
 from forge_lib.data.blocks import EMPTY_BLOCK
-from forge_lib.distributed.agreement import check_world, describe_world
+from forge_lib.distributed.agreement import check_world
 from forge_lib.distributed.lock import RunLock
 from forge_lib.distributed.peers import Peers
 from forge_lib.distributed.replicas import find_diverged, replica
@@ -26,10 +24,11 @@ from forge_lib.distributed.timeouts import GroupTimeout
 from forge_lib.errors import DivergedError, PeerLostError, Stopped
 from forge_lib.models.final import save_final
 from forge_lib.process import World, die_with_launcher
+from forge_lib.training import log as messages
 from forge_lib.training.gradient_sync import settle_buckets
-from forge_lib.training.inputs import Inputs, load_inputs
-from forge_lib.training.log import MetricsLog, check_trackers, describe_batches, write_run_json
+from forge_lib.training.inputs import Inputs, load_inputs, log_start
 from forge_lib.training.nonfinite import NonFiniteSteps
+from forge_lib.training.periodic import Periodic
 from forge_lib.training.resume import resume
 from forge_lib.training.saving import Saving
 from forge_lib.training.session import Session, join
@@ -47,40 +46,45 @@ class Run:
     Attributes:
         config: every flag.
         step: completed optimizer steps.
-        peers: the side channel to the other processes.
+        stopped_by: what asked the run to stop; empty: nothing did.
+        world, peers, stop_request: the ranks, the side channel to the other processes, and what asks to stop.
+        session: what all processes have agreed on; set by `join`.
         accelerator, inputs: set by `load_inputs`.
-        log: metrics.jsonl, written by the main process.
+        log: metrics.jsonl, written by the main process; set by `resume`.
+        step_log: times the steps; set by `begin`.
+        extra_state: further values for state.json of the checkpoints, by name.
     """
 
     # Set by __enter__
     peers: Peers
-    _world: World
-    _stop: StopRequest
+    world: World
+    stop_request: StopRequest
     _lock: RunLock
     # Set by join
     _trackers: list[str]
     _shares: list[int]  # of the global batch, by rank
-    _session: Session
+    session: Session
     # Set by load_inputs
     accelerator: Accelerator
     inputs: Inputs
     # Set by resume
-    log: MetricsLog
+    log: messages.MetricsLog
     _state: dict | None  # state.json of the checkpoint from which the run continues
     _timeout: GroupTimeout
     # Set by begin
     _optimizers: list[AcceleratedOptimizer]
+    _saved_optimizers: list[torch.optim.Optimizer]  # these and others
     _nonfinite: NonFiniteSteps
-    _step_log: StepLog
-    _first_step: int
+    step_log: StepLog
+    _periodic: Periodic
     # Set in each step
     _share: np.ndarray  # this process's block indices
     _totals: StepTotals
 
     def __init__(self, config: TrainConfig):
-        self.config, self.step = config, 0
+        self.config, self.step, self.stopped_by = config, 0, ""
+        self.extra_state: dict[str, dict] = {}
         self._contexts, self._progress = ExitStack(), ExitStack()
-        self._stopped_by = ""  # what asked the run to stop
         self._saving: Saving | None = None
         self._evaluated: tuple[int, dict] = (-1, {})  # the step and the results of the last evaluation
 
@@ -90,17 +94,21 @@ class Run:
         world = World.from_environment()
         die_with_launcher(world)
         with ExitStack() as contexts:
-            self._stop = contexts.enter_context(StopRequest(Stopped))
+            self.stop_request = contexts.enter_context(StopRequest(Stopped))
             self.peers = contexts.enter_context(Peers(world, self.config.timeout_seconds))
             self._lock = contexts.enter_context(RunLock(Path(self.config.output_dir).expanduser()))
             contexts.callback(self._wait_for_save)
-            self._world = world
+            self.world = world
             self._contexts = contexts.pop_all()
         return self
 
     def __exit__(self, *error) -> bool | None:
         self._progress.close()
         return self._contexts.__exit__(*error)
+
+    def saved_state(self, name: str) -> dict | None:
+        """Returns what the checkpoint from which the run continues has of `extra_state`, or None."""
+        return (self._state or {}).get(name)
 
     # Before the loop
 
@@ -110,10 +118,10 @@ class Run:
         Raises:
             UserError: the machines differ in something that must be equal, or the run folder cannot be used.
         """
-        self._trackers = check_trackers(self.config.report_to)
-        self._shares = divide_batch(self.config.batch_size, self.config.shares, self._world.num_processes)
-        self._session = join(self.config, self._world, self.peers, self._lock)
-        return self._session.accelerator_arguments() | {"log_with": self._trackers or None}
+        self._trackers = messages.check_trackers(self.config.report_to)
+        self._shares = divide_batch(self.config.batch_size, self.config.shares, self.world.num_processes)
+        self.session = join(self.config, self.world, self.peers, self._lock)
+        return self.session.accelerator_arguments() | {"log_with": self._trackers or None}
 
     def load_inputs(self, accelerator: Accelerator) -> Inputs:
         """Loads tokenizer, model and data, from another machine if this one lacks them.
@@ -121,9 +129,9 @@ class Run:
         Raises:
             UserError: something cannot be loaded, or the machines have loaded different models or data.
         """
-        check_world(self._world, accelerator.num_processes)
+        check_world(self.world, accelerator.num_processes)
         logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-        self.accelerator, self.inputs = accelerator, load_inputs(self._session)
+        self.accelerator, self.inputs = accelerator, load_inputs(self.session)
         if self.inputs.eval_dataset and self.config.eval_every:
             import forge_lib.training.evaluation_metrics  # noqa: F401 (slow, or broken: now rather than at the first evaluation)
         return self.inputs
@@ -134,47 +142,54 @@ class Run:
         Raises:
             UserError: `--resume` cannot be followed, or the checkpoints belong to another run.
         """
-        self._state, lines = resume(self._session, self.inputs, optimizers)
-        self.log = MetricsLog(self._session.folder, self.accelerator.is_main_process)
-        self._saving = Saving(self._session, self.log, self.accelerator.is_main_process)
+        self._state, lines = resume(self.session, self.inputs, optimizers)
+        self.log = messages.MetricsLog(self.session.folder, self.accelerator.is_main_process)
+        self._saving = Saving(self.session, self.log, self.accelerator.is_main_process)
         self._saving.saver.attach(optimizers)
         if self._state and self._lock.held and not self._saving.enabled:
             self._saving.saver.prune(self._state["step"])  # a machine without checkpoints keeps what it was sent
         self._timeout = GroupTimeout(self.accelerator, self.inputs.model, self.config.timeout_seconds)
-        for line in (*self._session.agreement.warnings, *self.inputs.warnings, *lines):
-            logger.warning(line)
-        for line in (describe_world(self._session.agreement), *self.inputs.notes):
-            logger.info(line)
-        logger.info(describe_batches(self.config, self.inputs.plan, self._shares))
+        log_start(self.session, self.inputs, self._shares, lines)
         if self._trackers:
             self.accelerator.init_trackers("p2p-llm-forge", config=dataclasses.asdict(self.config))
 
-    def begin(self, model: nn.Module, optimizers: list[AcceleratedOptimizer]) -> None:
-        """Prepares the first step: gradient scaler, DDP's buckets, log. Call once, with what `prepare` returned."""
+    def begin(
+        self,
+        model: nn.Module,
+        optimizers: list[AcceleratedOptimizer],
+        also_save: Sequence[torch.optim.Optimizer] = (),
+    ) -> None:
+        """Prepares the first step: gradient scaler, DDP's buckets, log. Call once.
+
+        Args:
+            model, optimizers: as returned by `prepare`.
+            also_save: other optimizers for the checkpoints, as passed to `resume` behind those.
+        """
         scaler, state = self.accelerator.scaler, self._state
         if scaler and state and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-        self._optimizers = optimizers
+        self._optimizers, self._saved_optimizers = optimizers, [*optimizers, *also_save]
         self._nonfinite = NonFiniteSteps(self.config, self.accelerator, self.log)
-        self._step_log = StepLog(self.config, self._session, self.inputs, self.accelerator, self.log, model)
+        self.step_log = StepLog(self.config, self.session, self.inputs, self.accelerator, self.log, model)
         self._set_step(state["step"] if state else 0)
-        self._first_step = self.step
+        self._periodic = Periodic(self.step, self.inputs.plan.num_steps)
         self._write_run_json()
         if state:
-            changed = changed_settings(self._session, state)
-            logger.info("; ".join([f"resuming after step {self.step} of {self.inputs.plan.num_steps}", *changed]))
-            self.log.write(
-                step=self.step, event="resume", num_processes=self.accelerator.num_processes, changed=changed
-            )
+            messages.log_resume(self.log, self.step, self.inputs.plan, changed_settings(self.session, state))
         self.peers.on_peer_error = self._on_peer_error
         settle_buckets(self.accelerator, model, optimizers, self.inputs.dataset[EMPTY_BLOCK])
-        self._step_log.sync.backward_done()
-        self._step_log.sync.pop()  # discard what this backward pass measured
+        self.step_log.sync.backward_done()
+        self.step_log.sync.pop()  # discard what this backward pass measured
 
     # The loop
 
-    def steps(self) -> Iterator[tuple[int, np.ndarray, dict[str, torch.Tensor]]]:
+    def steps(
+        self, batches: Iterable[tuple[int, np.ndarray]] | None = None
+    ) -> Iterator[tuple[int, np.ndarray, dict[str, torch.Tensor]]]:
         """Yields each step until the end, or until a person or another machine asks the run to stop.
+
+        Args:
+            batches: (step, block indices) of each step; None: those of the plan, from the current step on.
 
         Yields:
             step: from 0.
@@ -182,26 +197,22 @@ class Run:
             batch: this process's share of it, [n, sequence_length] int64 tensors on the CPU; a block without labels
                 if its share of a short last batch is empty, since every process has to synchronize.
         """
-        plan, accelerator, rank = self.inputs.plan, self.accelerator, self._world.process_index
-        self._stop.defer(self._lock.folder if self._world.is_local_main else None)
-        is_quiet = None if accelerator.is_main_process else True  # None: quiet unless stderr is a terminal
-        bar = tqdm(total=plan.num_steps, initial=self.step, unit="step", disable=is_quiet)
-        self._progress.enter_context(bar)
-        self._progress.enter_context(logging_redirect_tqdm())
-        for step in range(self.step, plan.num_steps):
-            self._step_log.start_step()
+        plan, accelerator, rank = self.inputs.plan, self.accelerator, self.world.process_index
+        self.stop_request.defer(self._lock.folder if self.world.is_local_main else None)
+        bar = self._progress.enter_context(messages.progress_bar(plan.num_steps, self.step, is_main=rank == 0))
+        for step, blocks in batches or plan.batches(self.step):
+            self.step_log.start_step()
             self.peers.set_status("reading its batch")
             self.inputs.store.check_unchanged()
-            blocks = plan.batch(step)
             self._share = share_of(blocks, self._shares, rank)
             batch = read_batch(self.inputs.dataset, self._share, pin_memory=accelerator.device.type == "cuda")
-            self._step_log.batch_read()
+            self.step_log.batch_read()
             self.peers.set_status("computing")
             torch.manual_seed(step_seed(self.config.seed, step, rank))  # for dropout
             yield step, blocks, batch
-            bar.update()
-            bar.set_postfix(self._step_log.postfix, refresh=False)
-            if self._stopped_by:
+            bar.update(self.step - bar.n)
+            bar.set_postfix(self.step_log.postfix, refresh=False)
+            if self.stopped_by:
                 break
         self._progress.close()
 
@@ -209,7 +220,7 @@ class Run:
         """Yields (micro-batch on the device, whether it is the last one), of up to --micro-batch-size sequences."""
         for micro_batch, is_last in micro_batches(batch, self.config.micro_batch_size):
             yield {name: t.to(self.accelerator.device, non_blocking=True) for name, t in micro_batch.items()}, is_last
-        self._step_log.sync.backward_done()
+        self.step_log.sync.backward_done()
 
     def begin_totals(self, losses: list[torch.Tensor]) -> None:
         """Starts the all-reduce of the step's loss; call before the last backward pass, which overlaps it.
@@ -219,7 +230,7 @@ class Run:
         Args:
             losses: the loss sum of each of this process's micro-batches, scalars.
         """
-        reason = self._stop.reason()
+        reason = self.stop_request.reason()
         if reason:
             self.peers.set_first("stop", reason)
         self._totals = StepTotals(losses, must_stop=bool(reason))
@@ -228,10 +239,15 @@ class Run:
         """Returns the loss sum over all processes, in nats, once `begin_totals` is complete."""
         total, num_stopping = self._totals.wait()
         if num_stopping:
-            self._stopped_by = self.peers.get_first("stop")
-            self._stop.set_time_limit(self.config.grace_seconds)
-            logger.info(f"stopping after step {self.step + 1}: {self._stopped_by}")
+            self.stop(self.peers.get_first("stop"))
         return total
+
+    def stop(self, reason: str) -> None:
+        """Makes this the last step. Call on all processes."""
+        if not self.stopped_by:
+            self.stopped_by = reason
+            self.stop_request.set_time_limit(self.config.grace_seconds)
+            logger.info(f"stopping after step {self.step + 1}: {reason}")
 
     def may_update(self, mean_loss: float, grad_norm: float) -> bool:
         """Returns whether the step may change the weights: its loss and gradient are finite. If not, logs where.
@@ -253,31 +269,36 @@ class Run:
         Raises:
             DivergedError: the weights or the optimizer states of the processes differ.
         """
-        self._set_step(self.step + 1)
+        self.advance(self.step + 1)
+        is_due = self._periodic.is_due(self.config.log_every)
+        self.step_log.step_done(self.step, loss, grad_norm, learning_rate, is_due)
+        if self.must_save() or self._periodic.is_due(self.config.check_replicas_every):
+            self._check_replicas()
+
+    def advance(self, step: int) -> None:
+        """Sets the number of completed steps; periodic work that became due since the last call is then due.
+
+        Args:
+            step: not lower than before.
+        """
+        is_first = not self._periodic.has_begun
+        self._periodic.advance(step)
+        self._set_step(step)
         self._saving.report()  # the background saves that have ended
-        if self.step == self._first_step + 1:
+        if is_first:
             self._timeout.first_step_done()
             self._write_run_json()
-        is_due = self._is_step_due(self.config.log_every)
-        self._step_log.step_done(self.step, loss, grad_norm, learning_rate, is_due)
-        if self.must_save() or self._is_step_due(self.config.check_replicas_every):
-            self._check_replicas()
 
     def is_due(self, every: int) -> bool:
         """Returns whether periodic work is due: every `every` steps and after the last one, unless asked to stop.
 
         Before the loop, it is due in a new run and in one that is already complete.
         """
-        if self.step == self._first_step:
-            return every > 0 and self.step in (0, self.inputs.plan.num_steps)
-        return not self._stopped_by and self._is_step_due(every)
-
-    def _is_step_due(self, every: int) -> bool:
-        return every > 0 and (self.step % every == 0 or self.step == self.inputs.plan.num_steps)
+        return not self.stopped_by and self._periodic.is_due(every)
 
     def must_save(self) -> bool:
         """Returns whether a checkpoint is due: by `--checkpoint-every`, or because the run was asked to stop."""
-        return bool(self._stopped_by) or self._is_step_due(self.config.checkpoint_every)
+        return bool(self.stopped_by) or self._periodic.is_due(self.config.checkpoint_every)
 
     def save(self, next_learning_rate: float) -> None:
         """Saves a checkpoint on each machine that keeps them.
@@ -289,23 +310,21 @@ class Run:
             UserError: the run was asked to stop, and no machine could save.
         """
         scaler = self.accelerator.scaler
-        state = describe_state(self._session, self.inputs, self.step, scaler.state_dict() if scaler else None)
+        state = describe_state(self.session, self.inputs, self.step, scaler.state_dict() if scaler else None)
         evaluated_at, results = self._evaluated
+        state |= self.extra_state
         state["learning_rate"] = next_learning_rate
         state["eval_loss"] = results["eval_loss"] if evaluated_at == self.step else None
         with self.pause("saving"):
-            write = self._saving.save_last if self._stopped_by else self._saving.save
-            write(self.step, self.inputs.model, self._optimizers, state)
+            write = self._saving.save_last if self.stopped_by else self._saving.save
+            write(self.step, self.inputs.model, self._saved_optimizers, state)
 
     def log_evaluation(self, results: dict[str, float]) -> None:
         """Logs the results of an evaluation; the next checkpoint and the model card contain them."""
         self._evaluated = (self.step, results)
         self.log.write(step=self.step, **results)
         self.accelerator.log(results, step=self.step)
-        logger.info(
-            f"step {self.step}: held-out loss {results['eval_loss']:.4f}  perplexity {results['perplexity']:,.2f}  "
-            f"{results['bits_per_byte']:.3f} bits/byte  accuracy {results['next_token_accuracy']:.1%}"
-        )
+        logger.info(f"step {self.step}: {messages.describe_evaluation(results)}")
 
     @contextmanager
     def pause(self, status: str) -> Iterator[None]:
@@ -318,7 +337,7 @@ class Run:
     def _check_replicas(self) -> None:
         self.peers.set_status("comparing its replica")
         tensors = replica(self.inputs.model, self._optimizers)
-        if diverged := find_diverged(self.accelerator, tensors, self._session.agreement):
+        if diverged := find_diverged(self.accelerator, tensors, self.session.agreement):
             self.log.write(step=self.step, event="diverged", message=diverged)
             raise DivergedError(f"step {self.step}: {diverged}; its memory is faulty, or something has changed it")
 
@@ -336,9 +355,9 @@ class Run:
         self.peers.set_status("finishing")
         self._saving.saver.wait()
         self._saving.report()
-        final = self._session.folder / "final"
-        if self._stopped_by:
-            self.log.write(step=self.step, event="stop", reason=self._stopped_by)
+        final = self.session.folder / "final"
+        if self.stopped_by:
+            self.log.write(step=self.step, event="stop", reason=self.stopped_by)
         elif self.accelerator.is_main_process:
             card = {"steps": self.step, **self._evaluated[1], "configuration": dataclasses.asdict(self.config)}
             save_final(self.inputs.model, self.inputs.tokenizer, final, card)
@@ -349,14 +368,16 @@ class Run:
         self.accelerator.trackers = []
         self._saving.finish_running("saves")
         self.peers.barrier("end")
-        if self._stopped_by:
+        if self.stopped_by:
             self.peers.release_launchers()
-        self._stop.done()
-        self._optimizers = self._step_log = self._totals = None  # the last owners of DDP and of an all-reduce
+        self.stop_request.done()
+        self._optimizers = self._saved_optimizers = self.step_log = self._totals = (
+            None  # the last owners of DDP and of an all-reduce
+        )
         self.accelerator.free_memory()
         self.accelerator.end_training()
-        if self._stopped_by:
-            raise Stopped(f"stopped after step {self.step} by {self._stopped_by}; start it again to continue")
+        if self.stopped_by:
+            raise Stopped(f"stopped after step {self.step} by {self.stopped_by}; start it again to continue")
         return final
 
     def _set_step(self, step: int) -> None:
@@ -365,8 +386,8 @@ class Run:
 
     def _write_run_json(self) -> None:
         if self.accelerator.is_main_process:
-            content = describe_run(self._session, self.inputs, self._shares, self._timeout.describe())
-            write_run_json(self._session.folder, content)
+            content = describe_run(self.session, self.inputs, self._shares, self._timeout.describe())
+            messages.write_run_json(self.session.folder, content)
 
     def _wait_for_save(self) -> None:
         if self._saving:

@@ -51,6 +51,15 @@ class StepLog:
         """Starts the clock of a step."""
         self._start = time.perf_counter()
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the step has begun."""
+        return time.perf_counter() - self._start
+
+    def model_flops_utilization(self, tokens_per_second: float) -> float:
+        """Returns the share of the peak FLOP/s of all processes that this speed needs."""
+        return self._throughput.utilization(tokens_per_second)
+
     def batch_read(self) -> None:
         """Records that the step's batch is in memory."""
         self._data_seconds = time.perf_counter() - self._start

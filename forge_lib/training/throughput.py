@@ -55,4 +55,8 @@ class Throughput:
         """Returns tokens per second and model FLOP/s utilization since the last call."""
         speed = self._tokens / self._seconds
         self._tokens, self._seconds = 0, 0.0
-        return speed, speed * self._flops_per_token / self._peak_flops
+        return speed, self.utilization(speed)
+
+    def utilization(self, tokens_per_second: float) -> float:
+        """Returns the share of the peak FLOP/s that a speed needs."""
+        return tokens_per_second * self._flops_per_token / self._peak_flops

@@ -1,0 +1,155 @@
+"""The end of a round: which peers meet, whose changes are averaged, and whether all of them have the same result."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+
+from forge_lib.elastic import averaging
+from forge_lib.elastic.config import ElasticConfig
+from forge_lib.elastic.membership import Member, PeerGroup
+from forge_lib.elastic.outer import SPARSE_ERROR_DECAY, default_rates
+from forge_lib.elastic.shared_state import Commit, SharedState
+
+FIRST_TIMEOUT_SECONDS = 120.0  # of a phase, before any exchange was measured
+TIMEOUT_FLOOR_SECONDS = 5.0
+TIMEOUT_FACTOR = 4  # times the slowest of the last exchanges
+CONNECT_SECONDS = 10.0
+
+
+def ready_members(members: list[Member]) -> list[Member]:
+    """Returns the members with the newest state, and the configuration of the first of them."""
+    newest = max(members, key=lambda each: (each.facts.round, each.facts.index >= 0, each.facts.tokens)).facts
+    same = (newest.round, newest.state_hash, newest.config)
+    return [each for each in members if (each.facts.round, each.facts.state_hash, each.facts.config) == same]
+
+
+def to_ranges(samples: np.ndarray) -> list[list[int]]:
+    """Returns sorted samples as ranges [start, stop)."""
+    edges = np.flatnonzero(np.diff(samples) != 1) + 1
+    return [[int(part[0]), int(part[-1]) + 1] for part in np.split(samples, edges) if len(part)]
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What the log says about an exchange: seconds that it took, and bytes that this peer sent."""
+
+    commit: Commit
+    seconds: float
+    num_bytes: int
+
+
+class Meeting:
+    """Averages the changes of the peers at the end of a round, and applies the result to the shared state.
+
+    Args:
+        config: the flags.
+        state: of this peer.
+        group: connects it to the others.
+        own: identifier of this peer.
+
+    """
+
+    def __init__(self, config: ElasticConfig, state: SharedState, group: PeerGroup, own: str):
+        self._config, self._state, self._group, self._own = config, state, group, own
+        self._owner_error: tuple[tuple[int, int], torch.Tensor] | None = None  # (shard, number of shards), numbers
+        self._change: torch.Tensor | None = None  # of this round, kept if its exchange fails
+        self._sent: tuple[int, list[torch.Tensor]] | None = None  # (number of shards, bytes)
+        self._slowest = 0.0  # seconds of the exchanges so far, the older ones count less
+
+    def describe(self, ready: list[Member]) -> Commit:
+        """Returns the commit of a round: the same on all members, because it follows from what they said."""
+        compression, batch_size = self._config.outer_compression, self._config.batch_size
+        contributors = [member for member in ready if member.facts.tokens]
+        learning_rate, momentum = default_rates(len(contributors), compression)
+        if self._config.outer_learning_rate:
+            learning_rate = self._config.outer_learning_rate
+        if self._config.outer_momentum >= 0:
+            momentum = self._config.outer_momentum
+        samples = [
+            each
+            for facts in (member.facts for member in contributors)
+            for each in self._state.ledger.samples_of(facts.index, facts.group_size, facts.steps, batch_size)
+        ]
+        return Commit(
+            round=self._state.round,
+            compression=compression,
+            num_shards=len(ready),
+            learning_rate=learning_rate,
+            momentum=momentum,
+            samples=to_ranges(np.sort(np.concatenate(samples))),
+            num_targets=sum(member.facts.tokens for member in contributors),
+            contributors=[member.id for member in contributors],
+        )
+
+    def exchange(self, ready: list[Member]) -> tuple[Exchanged, list[torch.Tensor]]:
+        """Averages the changes of the members and applies the result. Call on all of them.
+
+        Returns:
+            What the log says about it, and the bytes of the averaged change, by shard.
+
+        Raises:
+            RuntimeError: a member is lost or too slow. Nothing has changed; the round can be exchanged again with
+                other members.
+        """
+        start = time.monotonic()
+        commit, outer = self.describe(ready), self._state.outer
+        shards = self._state.shards(commit.compression, len(ready))
+        if self._own in commit.contributors:
+            if self._change is None:
+                self._change = outer.change()
+            if self._sent is None or self._sent[0] != len(ready):
+                self._sent = (len(ready), [shards.encode(self._change, index) for index in range(len(ready))])
+        sent = self._sent[1] if self._sent else []
+        timeout = self._timeout(ready)
+        attempt = repr([(member.id, member.facts.failures) for member in ready]).encode()
+        name = f"{commit.round}/{xxhash.xxh3_64_hexdigest(attempt)}"  # of a group that was never there before
+        self._group.configure(ready, self._own, name, max(timeout, CONNECT_SECONDS))
+        place = (self._group.rank, len(ready))
+        own_range = shards.ranges(self._group.rank)
+        error = torch.zeros(sum(each.stop - each.start for each in own_range))
+        if self._owner_error and self._owner_error[0] == place and not shards.codec.is_exact:
+            error = self._owner_error[1]
+        weights = [member.facts.tokens / commit.num_targets for member in ready]
+        result = averaging.average(self._group, shards, sent, weights, error, timeout)
+        digest = xxhash.xxh3_128_digest(b"".join([each.numpy().tobytes() for each in result.data]))
+        if set(averaging.all_gather_hash(self._group, digest, timeout)) != {digest}:
+            raise RuntimeError("the peers have received different results")
+        self._group.close()
+        self._apply(commit, result.data)
+        decay = SPARSE_ERROR_DECAY if commit.compression == "sparse" else 1.0
+        self._owner_error = (place, result.owner_error.mul_(decay))
+        seconds = time.monotonic() - start
+        self._slowest = max(seconds, 0.8 * self._slowest)
+        return Exchanged(commit, seconds, result.num_bytes), result.data
+
+    def apply_missed(self, commit: Commit, data: list[torch.Tensor]) -> bool:
+        """Applies a round that others have committed; returns whether this peer's change is in it."""
+        self._apply(commit, data)
+        return self._own in commit.contributors
+
+    def drop(self) -> None:
+        """Forgets this round's change, and gives the model the shared weights again."""
+        self._change = self._sent = None
+        self._state.outer.restore()
+
+    def close(self) -> None:
+        """Closes the connections to the others."""
+        self._group.close()
+
+    def _apply(self, commit: Commit, data: list[torch.Tensor]) -> None:
+        if self._own in commit.contributors and self._change is not None and self._sent:
+            shards = self._state.shards(commit.compression, self._sent[0])
+            decay = SPARSE_ERROR_DECAY if commit.compression == "sparse" else 1.0
+            if not shards.codec.is_exact:
+                self._state.outer.keep_error(self._change, self._sent[1], shards, decay)
+        self._change = self._sent = None
+        self._state.apply(commit, data)
+
+    def _timeout(self, ready: list[Member]) -> float:
+        if self._config.exchange_timeout_seconds:
+            return self._config.exchange_timeout_seconds
+        slowest = max(self._slowest, *(member.facts.exchange_seconds for member in ready))
+        return max(TIMEOUT_FLOOR_SECONDS, TIMEOUT_FACTOR * slowest) if slowest else FIRST_TIMEOUT_SECONDS

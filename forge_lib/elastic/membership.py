@@ -1,0 +1,343 @@
+"""Which peers take part in a round: the only file that touches torchft.
+
+torchft's lighthouse knows which peers are alive from their heartbeats. A peer that has finished its round asks it for
+a quorum; the answer comes when every living peer has asked, and lists what each of them said about itself. Then those
+that can exchange form a process group, which lasts until the exchange is over or has failed.
+
+Of torchft this uses the lighthouse, its client and the process group that can be configured again. Its Manager is not
+used: its heartbeats cannot pause, so that the others would wait for a late peer; its votes do not reach beyond one
+peer; it unpickles what it receives; and it advertises a host name.
+"""
+
+import contextlib
+import dataclasses
+import ipaddress
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+
+from forge_lib.errors import UserError, first_line
+from forge_lib.process import die_with_parent
+
+logger = logging.getLogger("forge")
+
+HEARTBEAT_SECONDS = 0.5
+HEARTBEAT_TIMEOUT_SECONDS = 3.0  # a peer without a heartbeat for this time is lost
+QUORUM_TICK_SECONDS = 0.05
+REQUEST_SECONDS = 20.0  # a request for a quorum is repeated after this time
+CONNECT_SECONDS = 5.0
+STATUS_SECONDS = 30.0  # between two lines about what a peer waits for
+JOIN_SECONDS = 7 * 24 * 3600  # a living peer is waited for, however long its round is: a late one stops its heartbeats
+TORCHFT_FIX = "pip install 'p2p-llm-forge[elastic]' (Linux on x86-64, Python 3.10 to 3.13)"
+
+
+@dataclass(frozen=True)
+class PeerFacts:
+    """What a peer tells all others when it asks for a quorum.
+
+    Attributes:
+        name: of the peer, for people.
+        address: its IP address, as the others reach it.
+        store_port, http_port: where it accepts the process group's rendezvous, and where it serves its state.
+        round: rounds that its state contains; -1: it has no state yet.
+        state_hash: of that state.
+        index, group_size: its place among the peers that began this round together, and their number; -1 and 0: it
+            came later, and has computed nothing.
+        steps, tokens: steps and predicted tokens that it has computed in this round.
+        loss: sum over its targets in this round, in nats.
+        step_seconds, exchange_seconds: of a step and of the last exchange; 0: not known.
+        compute_seconds, busy_seconds: of this round: in steps, and from its begin to this request.
+        failures: exchanges of this round that have failed.
+        is_complete: whether its run is complete.
+        sums: of its part of an evaluation; empty: none.
+        config: the flags that must be equal, and the fingerprints of model and data.
+    """
+
+    name: str
+    address: str
+    store_port: int
+    http_port: int
+    round: int = -1
+    state_hash: str = ""
+    index: int = -1
+    group_size: int = 0
+    steps: int = 0
+    tokens: int = 0
+    loss: float = 0.0
+    step_seconds: float = 0.0
+    exchange_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    failures: int = 0
+    is_complete: bool = False
+    sums: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it has the state of a round."""
+        return self.round >= 0
+
+
+@dataclass(frozen=True)
+class Member:
+    """A peer in a quorum: its identifier, which is new each time it starts, and what it tells about itself."""
+
+    id: str
+    facts: PeerFacts
+
+
+def split_address(url: str) -> tuple[str, int]:
+    """Returns host and port of a lighthouse.
+
+    Raises:
+        UserError: it is not of the form http://HOST:PORT.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if parts.scheme != "http" or not host or not port:
+        raise UserError(f"--lighthouse {url}: expected http://HOST:PORT, as in http://alder:29510")
+    return host, port
+
+
+def serve_lighthouse(port: int) -> None:
+    """Serves the lighthouse on all interfaces until this process gets a signal or its parent dies.
+
+    Raises:
+        UserError: torchft is not installed, or the port is in use.
+    """
+    server = _import_torchft().LighthouseServer
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        lighthouse = server(
+            bind=f"[::]:{port}",
+            min_replicas=1,
+            join_timeout_ms=JOIN_SECONDS * 1000,
+            quorum_tick_ms=int(QUORUM_TICK_SECONDS * 1000),
+            heartbeat_timeout_ms=int(HEARTBEAT_TIMEOUT_SECONDS * 1000),
+        )
+    except RuntimeError as error:
+        raise UserError(f"the lighthouse cannot listen on port {port}: {first_line(error)}") from None
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    lighthouse.shutdown()
+
+
+class Membership:
+    """This peer's connection to the lighthouse. Use it as a context manager: inside, a thread sends its heartbeats.
+
+    Args:
+        lighthouses: addresses http://HOST:PORT; the first one that answers is used.
+        name: of this peer.
+    """
+
+    def __init__(self, lighthouses: list[str], name: str):
+        self.id = f"{name}:{uuid.uuid4().hex[:8]}"
+        self._urls = lighthouses
+        self._client: Any = None
+        self._beats = threading.Event()
+        self._until = float("inf")  # no heartbeats after this time
+        self._lost_at = 0.0  # when the lighthouse was lost; 0: it is there
+        self._torchft = _import_torchft()
+
+    def __enter__(self) -> "Membership":
+        self._ends = threading.Event()
+        threading.Thread(target=self._send_heartbeats, name="heartbeats", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._ends.set()
+
+    def expect(self, seconds: float = float("inf")) -> None:
+        """Promises to ask for a quorum within `seconds`; later than that, this peer is late and sends no heartbeat.
+
+        The others then go on without it as soon as the last heartbeat is too old.
+        """
+        self._until = time.monotonic() + seconds - HEARTBEAT_TIMEOUT_SECONDS / 2
+        self._beats.set()
+
+    def leave(self) -> None:
+        """Stops the heartbeats: the others no longer wait for this peer."""
+        self._beats.clear()
+
+    def quorum(self, facts: PeerFacts, gives_up: Callable[[], bool]) -> list[Member] | None:
+        """Waits until every living peer asks for a quorum; returns them in the order of their identifiers.
+
+        While the lighthouse does not answer, this waits for it, and says so in the log.
+
+        Args:
+            facts: what this peer tells the others.
+            gives_up: called now and then; once it returns true, this returns None.
+        """
+        self.expect()
+        begun = noted = time.monotonic()
+        while not gives_up():
+            try:
+                members = self._request(facts)
+            except (RuntimeError, TimeoutError) as error:
+                noted = self._note_failure(error, begun, noted)
+                continue
+            if self._lost_at:
+                logger.info(f"the lighthouse {self._url} is back after {time.monotonic() - self._lost_at:.0f} s")
+                self._lost_at = 0.0
+                time.sleep(HEARTBEAT_TIMEOUT_SECONDS)  # a new lighthouse hears of all peers before it decides
+                continue
+            return members
+        return None
+
+    def _request(self, facts: PeerFacts) -> list[Member]:
+        client = self._client or self._connect()
+        quorum = client.quorum(
+            replica_id=self.id,
+            timeout=timedelta(seconds=REQUEST_SECONDS),
+            address=facts.address,
+            step=max(0, facts.round),
+            data=dataclasses.asdict(facts),
+        )
+        members = [Member(each.replica_id, PeerFacts(**each.data)) for each in quorum.participants]
+        return sorted(members, key=lambda member: member.id)
+
+    def _connect(self) -> Any:
+        error: Exception = RuntimeError("no lighthouse is named")
+        for url in self._urls:
+            try:
+                client = self._torchft.LighthouseClient(url, timedelta(seconds=CONNECT_SECONDS))
+                client.heartbeat(self.id, timedelta(seconds=CONNECT_SECONDS))
+            except (RuntimeError, TimeoutError) as caught:
+                error = caught
+            else:
+                self._client, self._url = client, url
+                return client
+        raise error
+
+    def _note_failure(self, error: Exception, begun: float, noted: float) -> float:
+        """Handles a request that was not answered; returns when the last line about it was logged."""
+        now = time.monotonic()
+        is_lost = not _is_timeout(error)
+        if is_lost:
+            self._client = None
+            time.sleep(HEARTBEAT_SECONDS)
+        if is_lost and not self._lost_at:
+            self._lost_at = now
+            logger.warning(f"waiting for the lighthouse {' or '.join(self._urls)}: {first_line(error)}")
+            return now
+        if now - noted > STATUS_SECONDS:
+            what = f"the lighthouse {' or '.join(self._urls)}" if self._lost_at else "the other peers"
+            logger.info(f"waiting for {what} since {now - begun:.0f} s")
+            return now
+        return noted
+
+    def _send_heartbeats(self) -> None:
+        while not self._ends.wait(HEARTBEAT_SECONDS):
+            client = self._client
+            if client and self._beats.is_set() and time.monotonic() < self._until:
+                with contextlib.suppress(RuntimeError, TimeoutError):  # `quorum` notices a lost lighthouse
+                    client.heartbeat(self.id, timedelta(seconds=CONNECT_SECONDS))
+            elif not client and self._beats.is_set() and self._lost_at == 0.0:
+                with contextlib.suppress(RuntimeError, TimeoutError):
+                    self._connect()
+
+
+class PeerGroup:
+    """A gloo group of the peers that exchange; it can be configured again after a failure.
+
+    Args:
+        address: of this peer; the members that connect to it must reach it.
+        port: of the store through which the members of a group find each other, if this peer is its first member.
+
+    Raises:
+        UserError: the port is in use.
+    """
+
+    def __init__(self, address: str, port: int):
+        try:
+            self._store = dist.TCPStore(address, port, is_master=True, wait_for_workers=False)
+        except dist.DistError as error:
+            raise UserError(f"--peer-port {port} cannot be used: {first_line(error)}; name another one") from None
+        self.rank = self.size = 0
+        self._group: Any = None
+
+    def configure(self, members: list[Member], own: str, name: str, timeout_seconds: float) -> None:
+        """Connects to the other members. Call on all of them.
+
+        Args:
+            members: of the group, in the same order on each of them.
+            own: identifier of this peer.
+            name: of the group; no two groups of a run have the same one.
+            timeout_seconds: of connecting, and of each message.
+
+        Raises:
+            RuntimeError: a member does not connect.
+        """
+        self.close()
+        self.rank, self.size = [member.id for member in members].index(own), len(members)
+        if self.size == 1:
+            return
+        first = members[0].facts
+        host = f"[{first.address}]" if ":" in first.address else first.address
+        self._group = _import_torchft_group()(timeout=timedelta(seconds=timeout_seconds))
+        self._group.configure(f"{host}:{first.store_port}/{name}", own, self.rank, self.size)
+
+    def send(self, tensor: torch.Tensor, rank: int, tag: int) -> dist.Work:
+        """Begins to send a contiguous CPU tensor to a member."""
+        return self._group.send([tensor], rank, tag)
+
+    def receive(self, tensor: torch.Tensor, rank: int, tag: int) -> dist.Work:
+        """Begins to receive into a contiguous CPU tensor from a member."""
+        return self._group.recv([tensor], rank, tag)
+
+    def close(self) -> None:
+        """Closes the connections; the other members see a failure if they still use them."""
+        if self._group:
+            self._group.abort(errored=False)
+            self._group.shutdown()
+            self._group = None
+
+
+def is_peer_error(error: BaseException) -> bool:
+    """Returns whether an exchange failed because of another peer or the network, and not because of this program."""
+    return isinstance(error, RuntimeError)
+
+
+def _is_timeout(error: Exception) -> bool:
+    return isinstance(error, TimeoutError) or "deadline" in str(error).lower() or "timeout" in str(error).lower()
+
+
+def _import_torchft() -> Any:
+    os.environ.setdefault("OTEL_SDK_DISABLED", "true")  # torchft sets up telemetry and a logger when it is imported
+    os.environ.setdefault("RUST_LOG", "error")
+    try:
+        from torchft import coordination
+    except ImportError:
+        raise UserError(f"train_elastic.py needs torchft: {TORCHFT_FIX}") from None
+    return coordination
+
+
+def _import_torchft_group() -> Any:
+    from torchft.process_group import ProcessGroupGloo
+
+    return ProcessGroupGloo
+
+
+def is_loopback(address: str) -> bool:
+    """Returns whether an IP address reaches this machine only."""
+    return ipaddress.ip_address(address.split("%")[0]).is_loopback
+
+
+if __name__ == "__main__":  # a child of train_elastic.py --serve-lighthouse or of p2p-llm-forge --elastic
+    die_with_parent(signal.SIGTERM)
+    serve_lighthouse(int(sys.argv[1]))

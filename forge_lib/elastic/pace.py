@@ -1,0 +1,42 @@
+"""How long a round is, and how many steps each peer computes in it. All peers derive the same from the same facts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FIRST_STEPS = 2  # of a peer whose speed is not known yet
+MIN_STEPS, MAX_STEPS = 10, 100  # of --sync-every, if it is derived
+EXCHANGE_SHARE = 1 / 14  # of a round, with a derived --sync-every; the issue of rounding: at most a fifth
+LATE = 1.1  # a peer that has not arrived after this multiple of the round's seconds is late
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The plan of a round.
+
+    Attributes:
+        steps: of each peer.
+        seconds: that the steps take, 0 if no peer's speed is known.
+    """
+
+    steps: list[int]
+    seconds: float
+
+
+def plan_round(step_seconds: Sequence[float], exchange_seconds: float, sync_every: int) -> Pace:
+    """Returns the steps of each peer: all compute for the same time, and together make `sync_every` steps on average.
+
+    Args:
+        step_seconds: seconds per step of each peer; 0: not known.
+        exchange_seconds: of the slowest of the last exchanges; 0: not known.
+        sync_every: average steps of a peer; 0: derived, so that the exchange takes a small share of the round.
+    """
+    known = [seconds for seconds in step_seconds if seconds > 0]
+    if not known:
+        return Pace([min(FIRST_STEPS, sync_every or FIRST_STEPS)] * len(step_seconds), 0.0)
+    mean_seconds = len(known) / sum(1 / seconds for seconds in known)  # of a step, averaged over all steps
+    average = sync_every
+    if not average:
+        average = round(exchange_seconds / EXCHANGE_SHARE / mean_seconds) if exchange_seconds else FIRST_STEPS
+        average = min(MAX_STEPS, max(MIN_STEPS, average)) if exchange_seconds else average
+    seconds = average * mean_seconds
+    return Pace([max(1, round(seconds / each)) if each > 0 else FIRST_STEPS for each in step_seconds], seconds)

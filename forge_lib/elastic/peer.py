@@ -1,0 +1,289 @@
+"""This peer among the others: asks for a quorum, catches up, exchanges, and learns what it computes next.
+
+Only the main process of a peer has a Peer.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from forge_lib import disk
+from forge_lib.distributed.network import interface_of, route_address
+from forge_lib.elastic.catch_up import catch_up
+from forge_lib.elastic.config import ElasticConfig
+from forge_lib.elastic.meeting import Exchanged, Meeting, ready_members
+from forge_lib.elastic.membership import Member, Membership, PeerFacts, PeerGroup, split_address
+from forge_lib.elastic.pace import LATE, plan_round
+from forge_lib.elastic.shared_state import SharedState
+from forge_lib.elastic.sharing import Shared, StateServer
+from forge_lib.errors import UserError, first_line
+
+logger = logging.getLogger("forge")
+
+RETRY_SECONDS = 0.5  # between two quorums while too few peers are there
+
+
+@dataclass
+class Work:
+    """What this peer has computed in the current round, and what it still has to.
+
+    Attributes:
+        index, group_size: its place among the peers of the round, and their number; -1 and 0 before its first round.
+        todo: the samples of each step that is still to be computed; none of them is empty.
+        planned_seconds: that the steps of the round should take; 0: not known.
+        begun_at: when the first step began, by time.monotonic; 0: not yet.
+        steps, targets, loss, compute_seconds: computed: steps, predicted tokens, the sum of their loss in nats,
+            seconds.
+    """
+
+    index: int = -1
+    group_size: int = 0
+    todo: list[np.ndarray] = field(default_factory=list)
+    planned_seconds: float = 0.0
+    num_planned: int = 0  # steps of all peers in this round
+    begun_at: float = 0.0
+    steps: int = 0
+    targets: int = 0
+    loss: float = 0.0
+    compute_seconds: float = 0.0
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds since the first step began."""
+        return time.monotonic() - self.begun_at if self.begun_at else 0.0
+
+
+@dataclass(frozen=True)
+class Met:
+    """What a peer learns when it meets the others.
+
+    Attributes:
+        work: of the next round; None if the run is complete, or this peer is asked to stop.
+        exchanges: that were committed meanwhile, with what the members had said.
+        lost_targets: predicted tokens that this peer had computed, and which were dropped.
+        changed: whether the weights have changed.
+    """
+
+    work: Work | None
+    exchanges: list[tuple[Exchanged, list[Member]]]
+    lost_targets: int
+    changed: bool
+
+
+class Peer:
+    """The connections of this peer to the others. Use it as a context manager.
+
+    Args:
+        config: every flag.
+        report: called with (event, facts) for the log: peer_joined, peer_lost, healed, exchange_failed.
+
+    Attributes:
+        shared: what it serves to others.
+        name, address: of this peer.
+        step_seconds: of a step, measured; 0: not known. The loop sets it.
+    """
+
+    state: SharedState
+    _meeting: Meeting
+    _fixed: dict
+
+    def __init__(self, config: ElasticConfig, report: Callable[..., None]):
+        self.config, self._report = config, report
+        self.shared = Shared()
+        self.step_seconds = self._exchange_seconds = 0.0
+        self._failures = 0
+        self._present: dict[str, str] = {}  # name by identifier, at the last quorum
+        self._contexts = ExitStack()
+
+    def __enter__(self) -> "Peer":
+        config = self.config
+        urls = config.lighthouse.split(",")
+        (host, port), *_ = map(split_address, urls)
+        with ExitStack() as contexts:
+            if config.serve_lighthouse:
+                contexts.enter_context(running_lighthouse(port))
+            try:
+                self.address = config.peer_address or route_address(host, port)
+            except OSError as error:
+                reason = f"{host}: {error.strerror}"
+                raise UserError(f"--lighthouse {urls[0]}: this machine has no route to {reason}") from None
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(self.address))
+            self._group = PeerGroup(self.address, config.peer_port)
+            contexts.callback(self._group.close)
+            contexts.enter_context(StateServer(self.address, config.peer_port + 1, self.shared))
+            self.membership = contexts.enter_context(Membership(urls, config.name))
+            self._contexts = contexts.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._contexts.__exit__(*error)
+
+    def own_state(self, state: SharedState, fixed: dict) -> None:
+        """Gives this peer its state, and the values that must be equal on all peers."""
+        self.state, self._fixed = state, fixed
+        self._meeting = Meeting(self.config, state, self._group, self.membership.id)
+        disk.remove(self.state.folder)
+
+    def facts(self, work: Work, **more: Any) -> PeerFacts:
+        """Returns what this peer tells the others; without a state if it has none yet."""
+        ports = (self.config.peer_port, self.config.peer_port + 1)
+        facts = PeerFacts(self.config.name, self.address, *ports)
+        if not hasattr(self, "state"):
+            return facts
+        return dataclasses.replace(
+            facts,
+            round=self.state.round,
+            state_hash=self.state.hash,
+            index=work.index,
+            group_size=work.group_size,
+            steps=work.steps,
+            tokens=work.targets,
+            loss=work.loss,
+            step_seconds=self.step_seconds,
+            exchange_seconds=self._exchange_seconds,
+            compute_seconds=work.compute_seconds,
+            busy_seconds=work.busy_seconds,
+            failures=self._failures,
+            is_complete=self.state.ledger.is_complete,
+            config=self._fixed,
+            **more,
+        )
+
+    def meet(self, work: Work, gives_up: Callable[[], bool]) -> Met:
+        """Meets the other peers at the end of a round, or to join them: returns when the next round begins.
+
+        Args:
+            work: of this peer in the current round.
+            gives_up: called now and then; once it returns true, this peer drops its work and waits no longer.
+
+        Raises:
+            UserError: this peer's flags or data differ from those of the peers that train.
+        """
+        exchanges, lost, changed = [], 0, False
+        while True:
+            members = self.membership.quorum(self.facts(work), gives_up)
+            if members is None:
+                self.leave()
+                return Met(None, exchanges, lost + self.drop(work), changed)
+            self._note(members)
+            ready = ready_members(members)
+            if self.membership.id not in [member.id for member in ready]:
+                self._check_config(ready)
+                lost += self._catch_up(work, ready)
+                work, changed = Work(), True
+                continue
+            if any(member.facts.sums for member in ready):  # they still evaluate: this peer has come meanwhile
+                time.sleep(RETRY_SECONDS)
+                continue
+            if any(member.facts.tokens for member in ready):
+                exchanged = self._exchange(ready)
+                if not exchanged:
+                    continue
+                exchanges.append((exchanged, ready))
+                changed = True
+            elif self.state.round == 0 and len(ready) < self.config.min_peers:
+                time.sleep(RETRY_SECONDS)
+                continue
+            if len(ready) < len(members) and ready[0].id == self.membership.id:
+                self.state.serve_snapshot()
+            if self.state.ledger.is_complete:
+                return Met(None, exchanges, lost, changed)
+            return Met(self._plan(ready), exchanges, lost, changed)
+
+    def drop(self, work: Work) -> int:
+        """Drops what this peer has computed in the round; returns the predicted tokens that are lost."""
+        if work.steps:
+            self._meeting.drop()
+        return work.targets
+
+    def expect(self, work: Work) -> None:
+        """Promises the others to ask for the next quorum in time; a peer that is later than that is not waited for."""
+        if not work.planned_seconds:
+            self.membership.expect()
+            return
+        late = self.config.late_seconds or max((LATE - 1) * work.planned_seconds, self.step_seconds)
+        self.membership.expect(work.planned_seconds + late)
+
+    def leave(self) -> None:
+        """Tells the others not to wait for this peer any longer."""
+        self.membership.leave()
+
+    def _exchange(self, ready: list[Member]) -> Exchanged | None:
+        try:
+            exchanged, data = self._meeting.exchange(ready)
+        except RuntimeError as error:
+            self._failures += 1
+            self._meeting.close()
+            logger.warning(
+                f"the exchange of round {self.state.round + 1} has failed: {first_line(error)}; trying again"
+            )
+            self._report("exchange_failed", round=self.state.round + 1, error=first_line(error))
+            return None
+        self._failures, self._exchange_seconds = 0, exchanged.seconds
+        self.state.keep_update(exchanged.commit, data)
+        return exchanged
+
+    def _catch_up(self, work: Work, ready: list[Member]) -> int:
+        """Gets the state of the others; returns the predicted tokens of this peer that are lost."""
+        source, before = ready[0].facts, self.state.round
+        self.leave()  # they do not wait meanwhile
+        logger.info(f"catching up from round {before} to round {source.round} with {source.name}")
+        had_work = bool(work.steps)
+        contributed = catch_up(self.state, self._meeting, ready, self.state.folder.with_name("incoming"))
+        lost = 0 if contributed or not had_work else work.targets
+        if self.state.hash == source.state_hash or self.state.round > before:
+            self._report("healed", round=self.state.round, from_round=before, source=source.name, tokens_lost=lost)
+        return lost
+
+    def _plan(self, ready: list[Member]) -> Work:
+        """Returns this peer's work in the round that begins; the same call on the others gives them theirs."""
+        index = [member.id for member in ready].index(self.membership.id)
+        facts = [member.facts for member in ready]
+        exchange_seconds = max([self._exchange_seconds, *(each.exchange_seconds for each in facts)])
+        pace = plan_round([each.step_seconds for each in facts], exchange_seconds, self.config.sync_every)
+        samples = self.state.ledger.samples_of(index, len(ready), pace.steps[index], self.config.batch_size)
+        todo = [each for each in samples if len(each)]
+        return Work(index, len(ready), todo, pace.seconds, num_planned=sum(pace.steps))
+
+    def _check_config(self, ready: list[Member]) -> None:
+        theirs = ready[0].facts
+        differing = [name for name, value in self._fixed.items() if theirs.config.get(name) != value]
+        if differing:
+            lines = [f"{name}: {self._fixed[name]!r} here, {theirs.config.get(name)!r} there" for name in differing]
+            raise UserError(f"this peer differs from {theirs.name}, which trains already: {'; '.join(lines)}")
+
+    def _note(self, members: list[Member]) -> None:
+        """Logs which peers have come and gone since the last quorum."""
+        now = {member.id: member.facts.name for member in members if member.facts.has_state}
+        for identifier, name in now.items():
+            if identifier not in self._present and identifier != self.membership.id:
+                logger.info(f"peer {name} has joined")
+                self._report("peer_joined", peer=name)
+        for identifier, name in self._present.items():
+            if identifier not in now:
+                logger.warning(f"peer {name} is gone")
+                self._report("peer_lost", peer=name)
+        self._present = now
+
+
+@contextlib.contextmanager
+def running_lighthouse(port: int) -> Iterator[None]:
+    """Runs the lighthouse in a child process; it ends with this process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "forge_lib.elastic.membership", str(port)], start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()

@@ -1,0 +1,114 @@
+"""Logs the rounds of a peer: one line and one row of metrics.jsonl for each."""
+
+import logging
+import time
+
+from forge_lib.elastic.config import ElasticConfig
+from forge_lib.elastic.meeting import Exchanged
+from forge_lib.elastic.membership import Member
+from forge_lib.elastic.peer import Peer, Work
+from forge_lib.training.anomalies import SpikeDetector
+from forge_lib.training.run import Run
+from forge_lib.training.throughput import peak_memory_bytes
+
+logger = logging.getLogger("forge")
+
+
+class RoundLog:
+    """Collects the figures of this peer's steps, and logs each committed round.
+
+    Args:
+        run: of this peer.
+        config: every flag.
+    """
+
+    def __init__(self, run: Run, config: ElasticConfig):
+        self._run, self._config = run, config
+        self._spikes = SpikeDetector()
+        self._grad_norm = 0.0
+        self._lost_targets = 0  # predicted tokens that were computed and then dropped, since the start
+        self._round_began = time.monotonic()
+
+    def step_done(self, mean_loss: float, grad_norm: float) -> None:
+        """Records a step of this peer."""
+        self._grad_norm = grad_norm
+        usual = self._spikes.usual_loss(mean_loss)
+        if usual is not None:
+            logger.warning(f"step {self._run.step}: loss {mean_loss:.4f} is a spike; the usual loss is {usual:.4f}")
+            self._run.log.write(step=self._run.step, event="loss_spike", loss=mean_loss, usual_loss=usual)
+
+    def lost(self, num_targets: int) -> None:
+        """Counts predicted tokens that were computed and then dropped."""
+        self._lost_targets += num_targets
+        logger.warning(f"{num_targets:,} tokens of this peer are lost; their samples are trained again")
+
+    def round_done(
+        self, peer: Peer, exchanged: Exchanged, ready: list[Member], own: Work, learning_rate: float, step: int
+    ) -> None:
+        """Logs a committed round.
+
+        Args:
+            peer: has the state after the round.
+            exchanged: what was committed, and how long that took.
+            ready: the members, with what they said before.
+            own: this peer's work in the round.
+            learning_rate: of the next step of all peers.
+            step: completed steps of all peers.
+        """
+        now = time.monotonic()
+        seconds, self._round_began = now - self._round_began, now
+        commit, config = exchanged.commit, self._config
+        own_facts = next(member.facts for member in ready if member.id == peer.membership.id)
+        participants = describe_participants(ready)
+        own_wait = max(member.facts.busy_seconds for member in ready) - own_facts.busy_seconds
+        num_sequences = sum(stop - start for start, stop in commit.samples)
+        row = {
+            "step": step,
+            "epoch": peer.state.ledger.num_committed / len(self._run.inputs.dataset),
+            "tokens": peer.state.ledger.num_committed * config.sequence_length,
+            "loss": sum(member.facts.loss for member in ready) / commit.num_targets,
+            "grad_norm": self._grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": num_sequences * config.sequence_length / seconds,
+            "step_seconds": own.compute_seconds / max(1, own.steps),
+            "compute_seconds": own.compute_seconds,
+            "sync_seconds": exchanged.seconds,
+            "bytes_sent": exchanged.num_bytes,
+            "mfu": self._run.step_log.model_flops_utilization(own.targets / seconds),
+            "peak_memory_bytes": peak_memory_bytes(self._run.accelerator.device),
+            "num_processes": self._run.accelerator.num_processes,
+            "round": commit.round + 1,
+            "round_seconds": seconds,
+            "wait_seconds": own_wait,
+            "utilization": min(1.0, own.compute_seconds / seconds),
+            "tokens_lost": self._lost_targets,
+            "weights_hash": peer.state.outer.weights_hash(),
+            "samples": commit.samples,
+            "participants": participants,
+        }
+        self._run.log.write(**row)
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        self._run.accelerator.log(numbers, step=step)
+        steps = ", ".join(f"{each['peer']} {each['steps']}" for each in participants)
+        logger.info(
+            f"round {commit.round + 1}  step {step}/{self._run.inputs.plan.num_steps}  loss {row['loss']:.4f}  "
+            f"lr {learning_rate:.2e}  {row['tokens_per_second']:,.0f} tokens/s  steps: "
+            f"{steps}  {seconds:.1f} s = "
+            f"{own.compute_seconds:.1f} compute + {own_wait:.1f} wait + {exchanged.seconds:.1f} exchange  "
+            f"{exchanged.num_bytes / 1e6:.2f} MB  utilization {row['utilization']:.0%}"
+        )
+
+
+def describe_participants(members: list[Member]) -> list[dict]:
+    """Returns what each member has computed in a round, and how long it has waited for the last one."""
+    slowest = max(member.facts.busy_seconds for member in members)
+    return [
+        {
+            "peer": facts.name,
+            "steps": facts.steps,
+            "tokens": facts.tokens,
+            "compute_seconds": facts.compute_seconds,
+            "wait_seconds": slowest - facts.busy_seconds,
+        }
+        for facts in (member.facts for member in members)
+    ]

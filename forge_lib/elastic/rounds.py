@@ -1,0 +1,241 @@
+"""The Rounds object: what scripts/train_elastic.py needs besides Run to train with peers that come and go.
+
+A peer is a run of its own, with its own processes (accelerate's world inside the peer), run folder and log. Between
+two exchanges it trains alone, on samples that no other peer has. Only its main process talks to the other peers; it
+tells its other processes what was decided.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from forge_lib.elastic.catch_up import fetch_inputs, serve_inputs
+from forge_lib.elastic.config import ElasticConfig
+from forge_lib.elastic.flat import FlatParameters
+from forge_lib.elastic.inner import copy_weights, tell_all
+from forge_lib.elastic.ledger import Ledger
+from forge_lib.elastic.outer import OuterOptimizer
+from forge_lib.elastic.pace import LATE
+from forge_lib.elastic.peer import Met, Peer, Work
+from forge_lib.elastic.round_log import RoundLog
+from forge_lib.elastic.shared_evaluation import evaluate_parts
+from forge_lib.elastic.shared_state import SharedState
+from forge_lib.training.run import Run
+
+logger = logging.getLogger("forge")
+
+FIXED_FLAGS = (  # equal on all peers, like the data, the model and the tokenizer
+    "batch_size", "sequence_length", "max_steps", "epochs", "seed", "optimizer", "learning_rate", "lr_scheduler",
+    "warmup_steps", "weight_decay", "mask_documents", "eval_fraction", "lora_rank", "sync_every", "outer_compression",
+    "outer_learning_rate", "outer_momentum",
+)  # fmt: skip
+WARM_UP_STEPS = 16  # of a peer that joins later: its inner optimizer begins without moments
+SPEED_MEMORY = 0.7  # weight of the earlier steps in the measured seconds per step
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What the main process tells the other processes of its peer.
+
+    Attributes:
+        work: of the next round; None if there is none.
+        step: completed steps of all peers.
+        is_complete: whether the run is complete.
+        changed: whether the weights have changed.
+    """
+
+    work: Work | None
+    step: int
+    is_complete: bool
+    changed: bool
+
+
+class Rounds:
+    """The rounds of this peer. Use it as a context manager inside `Run`; call its methods on all processes of the
+    peer.
+
+    Args:
+        config: every flag.
+        run: of this peer.
+
+    Attributes:
+        outer: the outer optimizer; set by `build_outer`.
+    """
+
+    outer: OuterOptimizer
+    _log: RoundLog
+
+    def __init__(self, config: ElasticConfig, run: Run):
+        self.config, self.run = config, run
+        self._contexts = ExitStack()
+        self._peer = Peer(config, self._report) if run.world.process_index == 0 else None
+        self._work = Work()
+        self._is_complete = False
+        self._local_steps = self._num_met = 0
+        self._joined_late = False
+        self._schedule: Callable[[int], float] = lambda step: 0.0
+
+    def __enter__(self) -> "Rounds":
+        if self._peer:
+            self._contexts.enter_context(self._peer)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._contexts.__exit__(*error)
+
+    # Before the loop
+
+    def fetch_inputs(self) -> None:
+        """Downloads the model and the data that this machine lacks from a live peer.
+
+        Raises:
+            UserError: no peer can send them.
+        """
+        if self._peer:
+            fetch_inputs(self.config, self._peer.membership, self._peer.facts(self._work), self._is_asked_to_stop)
+        self.run.peers.barrier("inputs of the peer")
+
+    def build_outer(self) -> OuterOptimizer:
+        """Returns the outer optimizer: it belongs into the checkpoints, but the loop does not step it."""
+        inputs = self.run.inputs
+        self.outer = OuterOptimizer(FlatParameters(inputs.model))
+        if self._peer:
+            ledger = Ledger(inputs.plan.num_samples(inputs.plan.num_steps))
+            state = SharedState(self.outer, ledger, self.run.session.folder / "shared", self._peer.shared)
+            fixed = {name: getattr(self.config, name) for name in FIXED_FLAGS}
+            fixed |= {name: inputs.identity[name] for name in ("data", "model_config", "tokenizer")}
+            self._peer.own_state(state, fixed)
+            stores = {"dataset_path": inputs.store.folder}
+            if self.config.eval_dataset_path:
+                stores["eval_dataset_path"] = inputs.eval_store.folder
+            serve_inputs(self.config, self._peer.shared, stores)
+        return self.outer
+
+    def begin(self, learning_rate: Callable[[int], float]) -> Callable[[int], float]:
+        """Takes over the newest state of any peer, waits for --min-peers, and begins a round with all of them.
+
+        Args:
+            learning_rate: by step, of all peers.
+
+        Returns:
+            The learning rate of this peer's steps: lower at first if it joins peers that train already.
+        """
+        self._log, self._schedule = RoundLog(self.run, self.config), learning_rate
+        saved = self.run.saved_state("elastic")
+        if self._peer and saved and not self._peer.state.load(saved):
+            logger.warning(
+                "the checkpoint's shared state does not have its hash; another peer's is used, if there is one"
+            )
+        self._meet()
+        self._joined_late = not saved and self.run.step > 0
+
+        def own_learning_rate(step: int) -> float:
+            is_cold = self._joined_late and self._local_steps < WARM_UP_STEPS
+            return learning_rate(step) * ((self._local_steps + 1) / WARM_UP_STEPS if is_cold else 1.0)
+
+        return own_learning_rate
+
+    # The loop
+
+    def batches(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the number and the blocks [n] int64 of each step of this peer, until the run is complete.
+
+        The number counts the steps of all peers, as if they took turns: the learning rate follows it.
+        """
+        while not self._is_complete and not self.run.stopped_by:
+            work = self._work
+            if work.steps == len(work.todo):  # it has nothing to do in this round
+                self._meet()
+                continue
+            if not work.steps:
+                work.begun_at = time.monotonic()
+                if self._peer:
+                    self._peer.expect(work)
+            yield self._step_number(), self.run.inputs.plan.blocks(work.todo[work.steps])
+
+    def step_done(self, mean_loss: float, num_targets: int, grad_norm: float) -> None:
+        """Records a step of this peer; after the last one of a round, averages the changes of all peers.
+
+        Args:
+            mean_loss: of this peer's batch, in nats.
+            num_targets: predicted tokens of the batch.
+            grad_norm: of this peer's gradient, before clipping.
+        """
+        work, seconds = self._work, self.run.step_log.seconds
+        work.steps, work.targets = work.steps + 1, work.targets + num_targets
+        work.loss, work.compute_seconds = work.loss + mean_loss * num_targets, work.compute_seconds + seconds
+        if self._peer and self._local_steps:  # the very first step may compile
+            known = self._peer.step_seconds or seconds
+            self._peer.step_seconds = SPEED_MEMORY * known + (1 - SPEED_MEMORY) * seconds
+        self._local_steps += 1
+        self._log.step_done(mean_loss, grad_norm)
+        self.run.advance(self.run.step)
+        if self.run.stopped_by or self._is_round_over():
+            self._meet()
+
+    def evaluate(self, model: nn.Module) -> None:
+        """Evaluates the shared weights on the held-out blocks, divided among the peers that are present."""
+        evaluate_parts(self.run, model, self._peer, self._work)
+
+    # Rounds
+
+    def _meet(self) -> None:
+        """Meets the other peers, and tells the other processes of this peer what the result is."""
+        met = self._peer.meet(self._work, self._gives_up) if self._peer else None
+        decision = self._decide(met) if met else None
+        self._num_met += 1
+        self.run.peers.barrier(f"round/{self._num_met}")
+        decision = tell_all(self.run.accelerator, decision)
+        if decision.changed:
+            copy_weights(self.run.accelerator, self.outer.flat.parameters)
+        lost, self._work = self._work, decision.work or Work()
+        self._is_complete = decision.is_complete
+        if decision.step != self.run.step:
+            self.run.advance(decision.step)
+        if self._peer:
+            self.run.extra_state["elastic"] = self._peer.state.describe()
+            for exchanged, ready in met.exchanges:
+                rate = self._schedule(min(self.run.step, self.run.inputs.plan.num_steps - 1))
+                self._log.round_done(self._peer, exchanged, ready, lost, rate, self.run.step)
+            if met.lost_targets:
+                self._log.lost(met.lost_targets)
+        if not decision.work and not decision.is_complete:
+            self.run.stop(self.run.stop_request.reason() or "a stop request")
+
+    def _decide(self, met: Met) -> Decision:
+        ledger, plan = self._peer.state.ledger, self.run.inputs.plan
+        step = plan.num_steps if ledger.is_complete else ledger.num_committed // self.config.batch_size
+        return Decision(met.work, step, ledger.is_complete, met.changed or met.lost_targets > 0)
+
+    def _step_number(self) -> int:
+        work = self._work
+        number = self.run.step + work.steps * work.num_planned // max(1, len(work.todo))
+        return min(number, self.run.inputs.plan.num_steps - 1)
+
+    def _is_round_over(self) -> bool:
+        """Returns whether this peer has computed its steps, or would be late with another one."""
+        work = self._work
+        is_over = work.steps == len(work.todo)
+        if self._peer and work.planned_seconds:
+            is_over |= work.busy_seconds + self._peer.step_seconds > LATE * work.planned_seconds
+        return tell_all(self.run.accelerator, is_over)
+
+    def _is_asked_to_stop(self) -> bool:
+        return bool(self.run.stop_request.reason())
+
+    def _gives_up(self) -> bool:
+        """Returns whether this peer should stop now: unless its round ends soon, and its work can still be used."""
+        if not self._is_asked_to_stop():
+            return False
+        work = self._work
+        remaining = work.planned_seconds - work.busy_seconds
+        return not work.steps or not work.planned_seconds or not -5 < remaining < self.config.grace_seconds / 4
+
+    def _report(self, event: str, **facts: Any) -> None:
+        self.run.log.write(step=self.run.step, event=event, **facts)

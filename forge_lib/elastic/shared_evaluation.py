@@ -1,0 +1,61 @@
+"""Evaluates the shared weights; the peers that are present divide the held-out blocks, and each token counts once."""
+
+import numpy as np
+from torch import nn
+from torch.utils.data import Subset
+
+from forge_lib.elastic.inner import tell_all
+from forge_lib.elastic.meeting import ready_members
+from forge_lib.elastic.peer import Peer, Work
+from forge_lib.training.evaluation import evaluation_totals
+from forge_lib.training.run import Run
+
+
+def evaluate_parts(run: Run, model: nn.Module, peer: Peer | None, work: Work) -> None:
+    """Evaluates the model and logs the results. Call on all processes of the peer, right after a commit.
+
+    Part i of n are the blocks i, i + n, …: one for each peer of the round that begins. Should a peer be lost before it
+    has told its sums, the others divide its part among themselves.
+
+    Args:
+        run: of this peer.
+        model: prepared, with the shared weights.
+        peer: on the main process.
+        work: of the round that begins; without one, this peer evaluates all blocks.
+    """
+    from forge_lib.training.evaluation_metrics import compute_metrics
+
+    dataset, count = run.inputs.eval_dataset, max(1, work.group_size)
+    sums: dict[int, list[float]] = {}
+    todo = [max(0, work.index)]
+    with run.pause("evaluating"):
+        while True:
+            for part in todo:
+                blocks = Subset(dataset, range(part, len(dataset), count))
+                sums[part] = evaluation_totals(run, model, blocks, f"part {part}") if len(blocks) else [0.0] * 3
+            todo = tell_all(run.accelerator, _meet(run, peer, work, sums, count) if peer else None)
+            if todo is None:
+                break
+        rows = tell_all(run.accelerator, [sums[part] for part in sorted(sums)])
+        results = compute_metrics(np.array(rows), run.inputs.eval_tokens_per_byte)
+    results["eval_loss"] = results.pop("loss")
+    run.log_evaluation(results)
+
+
+def _meet(run: Run, peer: Peer, work: Work, sums: dict[int, list[float]], count: int) -> list[int] | None:
+    """Collects the sums of the other peers; returns the parts that this one has to add, or None if there are all."""
+    if count == 1:
+        return None
+    told = {"round": peer.state.round, "parts": {str(part): each for part, each in sums.items()}}
+    facts = peer.facts(Work(work.index, work.group_size), sums=told)
+    members = peer.membership.quorum(facts, lambda: bool(run.stop_request.reason()))
+    if members is None:  # this peer is leaving: it evaluates what it knows
+        return [part for part in range(count) if part not in sums] or None
+    present = [each for each in ready_members(members) if each.facts.sums.get("round") == peer.state.round]
+    for each in present:
+        sums.update({int(part): values for part, values in each.facts.sums["parts"].items()})
+    missing = [part for part in range(count) if part not in sums]
+    if not missing:
+        return None
+    ids = [each.id for each in present]
+    return missing[ids.index(peer.membership.id) :: len(ids)] if peer.membership.id in ids else missing

@@ -1,0 +1,184 @@
+"""The state that all peers share, how a peer that lacks it gets it, and which part of it a checkpoint contains.
+
+    <run folder>/shared/state-00000012/     the state after round 12: weights.safetensors, state.json
+    <run folder>/shared/updates/            the updates of the last rounds, as they were exchanged:
+    00000012.safetensors
+
+A peer that has the state of an earlier round gets only the updates since then, and applies them: this gives the same
+bits, which the hash of the state proves.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from forge_lib import disk
+from forge_lib.checkpoints.format import to_json
+from forge_lib.distributed.transfer_files import list_files
+from forge_lib.elastic.compression import CODECS
+from forge_lib.elastic.flat import Shards
+from forge_lib.elastic.ledger import Ledger
+from forge_lib.elastic.outer import OuterOptimizer
+from forge_lib.elastic.sharing import Shared
+
+KEPT_UPDATES = 32  # rounds whose updates are kept
+SNAPSHOT_ROUNDS = 16  # a snapshot that is not older than this is completed with updates instead of a new one
+STATE, UPDATES = "state", "updates"  # names of the folders that are served
+
+
+def update_name(round: int) -> str:
+    """Returns the name of the file with the update of a round."""
+    return f"{round:08d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A committed round.
+
+    Attributes:
+        round: the round that it ends, from 0.
+        compression, num_shards: how the update was sent.
+        learning_rate, momentum: of the outer optimizer.
+        samples: ranges [start, stop) of the samples that it commits.
+        num_targets: that were predicted.
+        contributors: identifiers of the peers whose changes are in it.
+    """
+
+    round: int
+    compression: str
+    num_shards: int
+    learning_rate: float
+    momentum: float
+    samples: list[list[int]]
+    num_targets: int
+    contributors: list[str]
+
+
+class SharedState:
+    """Weights, outer momentum and ledger after a number of rounds; and the files with which others get them.
+
+    Args:
+        outer: the outer optimizer.
+        ledger: the samples of the run.
+        folder: for the files that are served; created when it is needed.
+        shared: what this peer serves.
+
+    Attributes:
+        folder: of the files that are served.
+        round: rounds that it contains.
+        num_targets: that were predicted in them.
+        hash: equal on two peers if their states are.
+    """
+
+    def __init__(self, outer: OuterOptimizer, ledger: Ledger, folder: Path, shared: Shared):
+        self.outer, self.ledger, self.round, self.num_targets = outer, ledger, 0, 0
+        self.folder, self._shared = folder, shared
+        self._snapshot_round = -1
+        self.hash = self._hash()
+
+    def _hash(self) -> str:
+        return self.outer.state_hash(self.ledger.to_json() | {"num_targets": self.num_targets}, self.round)
+
+    def describe(self) -> dict:
+        """Returns the part of a checkpoint's state.json that belongs to the shared state."""
+        return {
+            "round": self.round,
+            "num_targets": self.num_targets,
+            "ledger": self.ledger.to_json(),
+            "hash": self.hash,
+        }
+
+    def load(self, description: dict) -> bool:
+        """Takes over what `describe` returned, once the vectors are loaded; returns whether the hash is right."""
+        self.round, self.num_targets = description["round"], description["num_targets"]
+        saved = description["ledger"]
+        self.ledger.first_open, self.ledger.committed = saved["first_open"], saved["committed"]
+        self.hash = self._hash()
+        return self.hash == description["hash"]
+
+    # Rounds
+
+    def shards(self, compression: str, count: int) -> Shards:
+        """Returns the division of the weights for an exchange between `count` peers."""
+        flat = self.outer.flat
+        return Shards(flat.num_matrix, flat.num_vector, count, CODECS[compression])
+
+    def apply(self, commit: Commit, data: list[torch.Tensor]) -> None:
+        """Applies a committed round: all peers that do get the same bits.
+
+        Args:
+            commit: describes the round.
+            data: the bytes of the averaged change, by shard.
+        """
+        shards = self.shards(commit.compression, commit.num_shards)
+        update = torch.empty(self.outer.flat.total)
+        for index, each in enumerate(data):
+            shards.decode_into(update, each, index)
+        self.outer.step(update, commit.learning_rate, commit.momentum)
+        self.ledger.commit(np.concatenate([np.arange(*each) for each in commit.samples] or [np.arange(0)]).tolist())
+        self.num_targets += commit.num_targets
+        self.round = commit.round + 1
+        self.hash = self._hash()
+
+    # Files for others
+
+    def keep_update(self, commit: Commit, data: list[torch.Tensor]) -> None:
+        """Writes the update of a round that was just applied, and serves it; deletes the oldest one."""
+        folder = self.folder / "updates"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = update_name(commit.round)
+        metadata = {"commit": json.dumps(commit.__dict__), "hash": self.hash}
+        save_file({"data": torch.cat(data)}, disk.partial_path(folder / name), metadata)
+        disk.partial_path(folder / name).replace(folder / name)
+        (folder / update_name(commit.round - KEPT_UPDATES)).unlink(missing_ok=True)
+        files = self._shared.folders.get(UPDATES, (folder, {}))[1]
+        kept = {each: facts for each, facts in files.items() if int(each[:8]) > commit.round - KEPT_UPDATES}
+        known = list_files(folder, kept)
+        self._shared.folders[UPDATES] = (folder, {each: known[each] for each in (*kept, name) if each in known})
+
+    def read_update(self, path: Path) -> tuple[Commit, list[torch.Tensor], str]:
+        """Returns a commit, the bytes of its update by shard, and the hash of the state after it.
+
+        Raises:
+            ValueError: it is not the update of the next round of this model.
+        """
+        with safe_open(path, framework="pt") as file:
+            metadata, data = file.metadata(), file.get_tensor("data")
+        commit = Commit(**json.loads(metadata["commit"]))
+        shards = self.shards(commit.compression, commit.num_shards)
+        sizes = [shards.num_bytes(index) for index in range(commit.num_shards)]
+        if commit.round != self.round or sum(sizes) != len(data):
+            raise ValueError(f"{path.name} is not the update of round {self.round}")
+        return commit, list(data.split(sizes)), metadata["hash"]
+
+    def serve_snapshot(self) -> None:
+        """Writes the state as files and serves them, unless a snapshot is served that is nearly as new."""
+        if self._snapshot_round >= 0 and self.round - self._snapshot_round <= SNAPSHOT_ROUNDS:
+            return
+        target = self.folder / f"state-{self.round:08d}"
+        disk.remove(disk.partial_path(target))
+        disk.partial_path(target).mkdir(parents=True)
+        tensors = {"weights": self.outer.weights, "momentum": self.outer.momentum}
+        save_file(tensors, disk.partial_path(target) / "weights.safetensors")
+        (disk.partial_path(target) / "state.json").write_bytes(to_json(self.describe()))
+        disk.remove(target)
+        disk.place(target)
+        before, self._snapshot_round = self._snapshot_round, self.round
+        self._shared.folders[STATE] = (target, list_files(target))
+        for old in self.folder.glob("state-*"):
+            if old != target and old.name != f"state-{before:08d}":
+                disk.remove(old)
+
+    def load_snapshot(self, folder: Path) -> bool:
+        """Takes over a snapshot that was downloaded; returns whether it is what its hash says."""
+        with safe_open(folder / "weights.safetensors", framework="pt") as file:
+            self.outer.weights.copy_(file.get_tensor("weights"))
+            self.outer.momentum.copy_(file.get_tensor("momentum"))
+        self.outer.error.zero_()
+        self.outer.restore()
+        return self.load(json.loads((folder / "state.json").read_bytes()))
