@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from forge_lib import disk
 from forge_lib.config import flag_name
 from forge_lib.data.files import data_exists
@@ -16,7 +14,7 @@ from forge_lib.elastic.config import ElasticConfig
 from forge_lib.elastic.fetching import NETWORK_ERRORS, GoneError, download, fetch_facts
 from forge_lib.elastic.meeting import Meeting
 from forge_lib.elastic.membership import Member, Membership, PeerFacts
-from forge_lib.elastic.shared_state import STATE, UPDATES, SharedState, update_name
+from forge_lib.elastic.shared_state import STATE, UPDATE_ERRORS, UPDATES, SharedState, update_name
 from forge_lib.elastic.sharing import Shared
 from forge_lib.errors import UserError
 from forge_lib.models.loading import model_exists
@@ -156,14 +154,15 @@ def _apply_updates(
     for name in names:
         try:
             commit, data, expected = state.read_update(target / name)
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        except UPDATE_ERRORS as error:
             logger.warning(f"an update from {source.name} cannot be used: {error}")
             return False, is_in
+        before = state.hash
         is_in |= meeting.apply_missed(commit, data)
         if state.hash != expected:
             logger.warning(f"the update of round {commit.round} does not fit this peer's state: it gets all of it")
             return False, is_in
-        state.keep_update(commit, data)
+        state.keep_update(commit, data, before)
     disk.remove(target)
     return True, is_in
 

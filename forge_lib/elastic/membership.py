@@ -37,7 +37,7 @@ HEARTBEAT_SECONDS = 0.5
 HEARTBEAT_TIMEOUT_SECONDS = 3.0  # a peer without a heartbeat for this time is lost
 QUORUM_TICK_SECONDS = 0.05
 REQUEST_SECONDS = 20.0  # a request for a quorum is repeated after this time
-CONNECT_SECONDS = 5.0
+CONNECT_SECONDS = 2.0
 STATUS_SECONDS = 30.0  # between two lines about what a peer waits for
 JOIN_SECONDS = 7 * 24 * 3600  # a living peer is waited for, however long its round is: a late one stops its heartbeats
 TORCHFT_FIX = "pip install 'p2p-llm-forge[elastic]' (Linux on x86-64, Python 3.10 to 3.13)"
@@ -191,16 +191,15 @@ class Membership:
             except (RuntimeError, TimeoutError) as error:
                 noted = self._note_failure(error, begun, noted)
                 continue
-            if self._lost_at:
-                logger.info(f"the lighthouse {self._url} is back after {time.monotonic() - self._lost_at:.0f} s")
-                self._lost_at = 0.0
-                time.sleep(HEARTBEAT_TIMEOUT_SECONDS)  # a new lighthouse hears of all peers before it decides
-                continue
             return members
         return None
 
     def _request(self, facts: PeerFacts) -> list[Member]:
         client = self._client or self._connect()
+        if self._lost_at:
+            logger.info(f"the lighthouse {self._url} is back after {time.monotonic() - self._lost_at:.0f} s")
+            self._lost_at = 0.0
+            time.sleep(HEARTBEAT_TIMEOUT_SECONDS)  # a new lighthouse hears of all peers before it decides
         quorum = client.quorum(
             replica_id=self.id,
             timeout=timedelta(seconds=REQUEST_SECONDS),

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from forge_lib import disk
 from forge_lib.distributed.network import interface_of, route_address
 from forge_lib.elastic.catch_up import catch_up
 from forge_lib.elastic.config import ElasticConfig
@@ -132,7 +131,6 @@ class Peer:
         """Gives this peer its state, and the values that must be equal on all peers."""
         self.state, self._fixed = state, fixed
         self._meeting = Meeting(self.config, state, self._group, self.membership.id)
-        disk.remove(self.state.folder)
 
     def facts(self, work: Work, **more: Any) -> PeerFacts:
         """Returns what this peer tells the others; without a state if it has none yet."""
@@ -219,6 +217,7 @@ class Peer:
         self.membership.leave()
 
     def _exchange(self, ready: list[Member]) -> Exchanged | None:
+        before = self.state.hash
         try:
             exchanged, data = self._meeting.exchange(ready)
         except RuntimeError as error:
@@ -230,7 +229,7 @@ class Peer:
             self._report("exchange_failed", round=self.state.round + 1, error=first_line(error))
             return None
         self._failures, self._exchange_seconds = 0, exchanged.seconds
-        self.state.keep_update(exchanged.commit, data)
+        self.state.keep_update(exchanged.commit, data, before)
         return exchanged
 
     def _catch_up(self, work: Work, ready: list[Member]) -> int:

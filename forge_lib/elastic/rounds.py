@@ -26,6 +26,7 @@ from forge_lib.elastic.peer import Met, Peer, Work
 from forge_lib.elastic.round_log import RoundLog
 from forge_lib.elastic.shared_evaluation import evaluate_parts
 from forge_lib.elastic.shared_state import SharedState
+from forge_lib.errors import UserError
 from forge_lib.training.run import Run
 
 logger = logging.getLogger("forge")
@@ -107,7 +108,13 @@ class Rounds:
         self.outer = OuterOptimizer(FlatParameters(inputs.model))
         if self._peer:
             ledger = Ledger(inputs.plan.num_samples(inputs.plan.num_steps))
-            state = SharedState(self.outer, ledger, self.run.session.folder / "shared", self._peer.shared)
+            state = SharedState(
+                self.outer,
+                ledger,
+                self.run.session.folder / "shared",
+                self._peer.shared,
+                keeps_checkpoints=self.config.checkpoint_every > 0,
+            )
             fixed = {name: getattr(self.config, name) for name in FIXED_FLAGS}
             fixed |= {name: inputs.identity[name] for name in ("data", "model_config", "tokenizer")}
             self._peer.own_state(state, fixed)
@@ -128,10 +135,11 @@ class Rounds:
         """
         self._log, self._schedule = RoundLog(self.run, self.config), learning_rate
         saved = self.run.saved_state("elastic")
-        if self._peer and saved and not self._peer.state.load(saved):
-            logger.warning(
-                "the checkpoint's shared state does not have its hash; another peer's is used, if there is one"
-            )
+        if self._peer:
+            if saved and not self._peer.state.load(saved):
+                raise UserError("the checkpoint's shared state does not have its hash: remove this checkpoint")
+            self._peer.state.replay()
+        copy_weights(self.run.accelerator, self.outer.flat.parameters)
         self._meet()
         self._joined_late = not saved and self.run.step > 0
 
@@ -200,6 +208,8 @@ class Rounds:
             self.run.advance(decision.step)
         if self._peer:
             self.run.extra_state["elastic"] = self._peer.state.describe()
+            if self.run.must_save():
+                self._peer.state.checkpoint_due()
             for exchanged, ready in met.exchanges:
                 rate = self._schedule(min(self.run.step, self.run.inputs.plan.num_steps - 1))
                 self._log.round_done(self._peer, exchanged, ready, lost, rate, self.run.step)

@@ -5,16 +5,18 @@
     00000012.safetensors
 
 A peer that has the state of an earlier round gets only the updates since then, and applies them: this gives the same
-bits, which the hash of the state proves.
+bits, which the hash of the state proves. A peer that starts again does the same with its own files, so that no
+committed round is lost, even if the last checkpoint is older.
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from forge_lib import disk
@@ -25,10 +27,14 @@ from forge_lib.elastic.flat import Shards
 from forge_lib.elastic.ledger import Ledger
 from forge_lib.elastic.outer import OuterOptimizer
 from forge_lib.elastic.sharing import Shared
+from forge_lib.errors import UserError
 
-KEPT_UPDATES = 32  # rounds whose updates are kept
+logger = logging.getLogger("forge")
+
+KEPT_UPDATES = 32  # rounds whose updates are kept at least
 SNAPSHOT_ROUNDS = 16  # a snapshot that is not older than this is completed with updates instead of a new one
 STATE, UPDATES = "state", "updates"  # names of the folders that are served
+UPDATE_ERRORS = (ValueError, KeyError, TypeError, SafetensorError)  # of a file that is not the expected update
 
 
 def update_name(round: int) -> str:
@@ -67,6 +73,7 @@ class SharedState:
         ledger: the samples of the run.
         folder: for the files that are served; created when it is needed.
         shared: what this peer serves.
+        keeps_checkpoints: whether there are regular checkpoints: then all updates since the last one but one are kept.
 
     Attributes:
         folder: of the files that are served.
@@ -75,10 +82,14 @@ class SharedState:
         hash: equal on two peers if their states are.
     """
 
-    def __init__(self, outer: OuterOptimizer, ledger: Ledger, folder: Path, shared: Shared):
+    def __init__(
+        self, outer: OuterOptimizer, ledger: Ledger, folder: Path, shared: Shared, keeps_checkpoints: bool = True
+    ):
         self.outer, self.ledger, self.round, self.num_targets = outer, ledger, 0, 0
         self.folder, self._shared = folder, shared
         self._snapshot_round = -1
+        self._keeps_checkpoints = keeps_checkpoints
+        self._kept_since = self._saved_round = 0  # rounds of the last two checkpoints
         self.hash = self._hash()
 
     def _hash(self) -> str:
@@ -127,34 +138,71 @@ class SharedState:
 
     # Files for others
 
-    def keep_update(self, commit: Commit, data: list[torch.Tensor]) -> None:
-        """Writes the update of a round that was just applied, and serves it; deletes the oldest one."""
-        folder = self.folder / "updates"
+    def keep_update(self, commit: Commit, data: list[torch.Tensor], before: str) -> None:
+        """Writes the update of a round that was just applied, and serves it; deletes those that are no longer needed.
+
+        Args:
+            commit, data: as for `apply`.
+            before: hash of the state before the round.
+        """
+        folder = self.folder / UPDATES
         folder.mkdir(parents=True, exist_ok=True)
-        name = update_name(commit.round)
-        metadata = {"commit": json.dumps(commit.__dict__), "hash": self.hash}
-        save_file({"data": torch.cat(data)}, disk.partial_path(folder / name), metadata)
-        disk.partial_path(folder / name).replace(folder / name)
-        (folder / update_name(commit.round - KEPT_UPDATES)).unlink(missing_ok=True)
-        files = self._shared.folders.get(UPDATES, (folder, {}))[1]
-        kept = {each: facts for each, facts in files.items() if int(each[:8]) > commit.round - KEPT_UPDATES}
-        known = list_files(folder, kept)
-        self._shared.folders[UPDATES] = (folder, {each: known[each] for each in (*kept, name) if each in known})
+        path = folder / update_name(commit.round)
+        metadata = {"commit": json.dumps(commit.__dict__), "before": before, "after": self.hash}
+        save_file({"data": torch.cat(data)}, disk.partial_path(path), metadata)
+        disk.flush(disk.partial_path(path))
+        disk.partial_path(path).replace(path)
+        needed = self._kept_since if self._keeps_checkpoints else commit.round
+        oldest = update_name(max(0, min(needed, commit.round - KEPT_UPDATES + 1)))
+        _, known = self._shared.folders.get(UPDATES, (folder, {}))
+        for name in [name for name in known if name < oldest]:
+            (folder / name).unlink(missing_ok=True)
+        self._shared.folders[UPDATES] = (folder, list_files(folder, {**known, path.name: None}))
+
+    def checkpoint_due(self) -> None:
+        """Records that a checkpoint of this state is written now: updates before the last one are no longer needed."""
+        self._kept_since, self._saved_round = self._saved_round, self.round
 
     def read_update(self, path: Path) -> tuple[Commit, list[torch.Tensor], str]:
         """Returns a commit, the bytes of its update by shard, and the hash of the state after it.
 
         Raises:
-            ValueError: it is not the update of the next round of this model.
+            ValueError: it is not the update that follows this state.
         """
         with safe_open(path, framework="pt") as file:
             metadata, data = file.metadata(), file.get_tensor("data")
         commit = Commit(**json.loads(metadata["commit"]))
         shards = self.shards(commit.compression, commit.num_shards)
         sizes = [shards.num_bytes(index) for index in range(commit.num_shards)]
-        if commit.round != self.round or sum(sizes) != len(data):
-            raise ValueError(f"{path.name} is not the update of round {self.round}")
-        return commit, list(data.split(sizes)), metadata["hash"]
+        if (commit.round, metadata["before"], sum(sizes)) != (self.round, self.hash, len(data)):
+            raise ValueError(f"{path.name} is not the update that follows round {self.round} of this peer")
+        return commit, list(data.split(sizes)), metadata["after"]
+
+    def replay(self) -> None:
+        """Applies the updates of the rounds after this state that an earlier process of this peer has kept."""
+        folder = self.folder / UPDATES
+        for old in self.folder.glob("*state-*"):
+            disk.remove(old)
+        first = self.round
+        self._kept_since = self._saved_round = first
+        while (path := folder / update_name(self.round)).exists():
+            try:
+                commit, data, expected = self.read_update(path)
+            except UPDATE_ERRORS as error:
+                logger.warning(f"an update of an earlier start cannot be used: {error}")
+                break
+            self.apply(commit, data)
+            if self.hash != expected:
+                raise UserError(
+                    f"{path} gives another state than when it was written: remove {folder}, and start again"
+                )
+        if self.round > first:
+            logger.info(f"applied the updates of rounds {first + 1} to {self.round} to the checkpoint")
+        if folder.exists():
+            for path in [*folder.glob("*.safetensors")]:
+                if path.name >= update_name(self.round):  # of a history that has ended
+                    disk.remove(path)
+            self._shared.folders[UPDATES] = (folder, list_files(folder))
 
     def serve_snapshot(self) -> None:
         """Writes the state as files and serves them, unless a snapshot is served that is nearly as new."""
