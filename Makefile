@@ -1,17 +1,18 @@
 # make demo: train the bundled model on the bundled text. make test: checks and tests. Both set up .venv first.
-# make faults: the long tests of what a run survives. make networks: the long tests of check_cluster.py.
+# make faults, networks, elastic: the long tests of what a run survives, of check_cluster.py, and of train_elastic.py.
 # make soak MINUTES=60 SEED=1: random faults for 60 minutes. make forecast: compares check_cluster.py with train.py.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-QUICK := not faults and not networks
+ALONE := tests/check tests/cluster tests/faults
+QUICK := not faults and not networks and not elastic
 SOURCES := forge_lib scripts tests data docs
 # Python compiles each module at its first import; compiling everything at installation takes a minute longer.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo smoke docs style quality test faults networks soak forecast clean
+.PHONY: setup demo smoke docs style quality test faults networks elastic soak forecast clean
 
 setup: .venv/ready
 
@@ -57,13 +58,16 @@ quality: .venv/ready-dev
 
 test: quality
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup -m 'not alone and $(QUICK)'
-	$(BIN)/python -m pytest -m 'alone and $(QUICK)'
+	$(BIN)/python -m pytest -m 'alone and $(QUICK)' $(ALONE)
 
 faults: .venv/ready-dev
 	$(BIN)/python -m pytest -m faults
 
 networks: .venv/ready-dev
 	$(BIN)/python -m pytest -m networks
+
+elastic: .venv/ready-dev
+	$(BIN)/python -m pytest -m elastic
 
 soak: .venv/ready-dev
 	$(BIN)/python tests/faults/soak.py --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)

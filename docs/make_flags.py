@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from forge_lib.config import TrainConfig, flag_name
-from forge_lib.elastic.config import ElasticConfig
 from forge_lib.flags import groups_of
 from forge_lib.launch.config import ForgeConfig
+from forge_lib.peers_config import ElasticConfig
 from scripts.benchmark import BenchmarkConfig
 from scripts.check_cluster import CheckConfig
 from scripts.evaluate import EvaluateConfig

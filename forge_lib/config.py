@@ -306,6 +306,7 @@ class LaunchConfig:
 
     cluster: str = flag("", "cluster.yaml, which describes the whole topology", "FILE")
     machine: str = flag("auto", "with --cluster: which machine this is, auto (by its addresses) or a name", "NAME")
+    elastic: bool = flag(False, "train with peers that join and leave: start this machine's peer (train_elastic.py)")
     ssh: bool = flag(False, "with --cluster: start the run on all of its machines over ssh")
     num_nodes: int = flag(1, "number of machines", "COUNT", at_least=1)
     node_rank: int = flag(0, "number of this machine; 0 is the main machine", "RANK", at_least=0)

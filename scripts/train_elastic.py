@@ -22,11 +22,11 @@ import torch
 from accelerate import Accelerator
 
 from forge_lib.distributed.reporting import report_errors
-from forge_lib.elastic.config import ElasticConfig
 from forge_lib.elastic.rounds import Rounds
 from forge_lib.flags import parse_config
 from forge_lib.models.loss import loss_sum
 from forge_lib.models.optimizers import build_optimizers, learning_rate_schedule, set_learning_rate
+from forge_lib.peers_config import ElasticConfig
 from forge_lib.process import ignore_output_errors
 from forge_lib.training.evaluation import write_sample
 from forge_lib.training.inputs import Inputs
@@ -46,9 +46,7 @@ def main(config: ElasticConfig) -> Path:
         accelerator = Accelerator(**run.join())  # join: all processes agree, and lock their run folders
         inputs = run.load_inputs(accelerator)  # tokenizer, model, data, plan; copied from another machine if missing
         optimizers = build_optimizers(inputs.model, config)
-        run.resume(
-            [*optimizers, rounds.build_outer()]
-        )  # in every run: opens the logs; loads the newest checkpoint of any machine, if any
+        run.resume([*optimizers, rounds.build_outer()])  # opens the logs; loads the newest checkpoint, if any
         train(config, run, rounds, accelerator, inputs, optimizers)
         return run.finish()  # here, not in train(): DDP must be freed before its process group
 
@@ -76,14 +74,14 @@ def train(
     max_grad_norm = config.max_grad_norm or math.inf  # inf: no clipping
     eval_every = config.eval_every if inputs.eval_dataset else 0
     run.begin(model, optimizers, also_save=[rounds.outer])  # as in train.py; the outer optimizer is saved, too
-    learning_rate = rounds.begin(learning_rate)  # takes over the newest weights of any peer, and begins a round
+    learning_rate = rounds.begin(optimizers, learning_rate)  # takes over the newest weights; begins a round
     if run.is_due(eval_every):  # here: in a new run, and in one that is already complete, for its model card
         rounds.evaluate(model)
 
     for step, blocks, batch in run.steps(rounds.batches()):  # ends early if this peer is asked to stop
         # 1. Batch. `blocks` are this peer's next ones, which no other peer has; `batch` is this process's share of
         #    them, at least one block.
-        num_targets = max(1, inputs.dataset.num_targets(blocks))
+        num_targets = max(1, rounds.num_targets(blocks))
         set_learning_rate(optimizers, learning_rate(step))
 
         # 2. Gradient. The loss is the sum over the predicted tokens of the peer's batch, divided by their number. DDP
@@ -96,19 +94,19 @@ def train(
                 if is_last:
                     run.begin_totals(losses)  # all-reduces the loss and stop requests during the backward pass
                 accelerator.backward(loss * accelerator.num_processes / num_targets)
+        mean_loss = rounds.total_loss() / num_targets  # with --sync-every 1, adds up the peers' gradients too
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-        mean_loss = run.total_loss() / num_targets  # over all processes; all learn whether one is asked to stop
 
         # 3. Update. If not finite, the update is skipped (the step counts) or the run ends (--on-nonfinite). For an
         #    overflow of fp16, the gradient scaler skips the update.
-        if run.may_update(mean_loss, grad_norm):
+        if rounds.may_update() and run.may_update(mean_loss, grad_norm):
             for optimizer in optimizers:
                 optimizer.step()  # a hook waits here while a checkpoint still copies the weights (CPU)
         for optimizer in optimizers:
             optimizer.zero_grad()
 
         # 4. Average, at the end of a round. Then run.step has the steps of all peers, and the weights are equal again.
-        rounds.step_done(mean_loss, num_targets, grad_norm)
+        rounds.step_done(mean_loss, grad_norm)
 
         # 5. Periodic work: only the save, if asked to stop. The save records the evaluation before it.
         if run.is_due(eval_every):

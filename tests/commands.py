@@ -42,13 +42,23 @@ class Finished:
 class Running:
     """A command in its own process group, with its output in a file; `warm`: a Python script, see warm_process.py."""
 
-    def __init__(self, command: list, log: Path, cwd: Path = ROOT, prefix: list | None = None, warm: bool = False):
+    def __init__(
+        self,
+        command: list,
+        log: Path,
+        cwd: Path = ROOT,
+        prefix: list | None = None,
+        warm: bool = False,
+        variables: dict[str, str] | None = None,
+    ):
         self.log, self.begun = log, time.monotonic()
         if warm:
             from warm_process import WarmProcess
 
             log.touch()
-            self.process = WarmProcess([str(word) for word in command if word != sys.executable], log, cwd)
+            self.process = WarmProcess(
+                [str(word) for word in command if word != sys.executable], log, cwd, variables or {}
+            )
             return
         words = [*(prefix or []), *map(str, command)]
         with open(log, "wb") as output:
@@ -59,6 +69,7 @@ class Running:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                env=os.environ | (variables or {}),
             )
 
     def finish(self, timeout: float = 120) -> Finished:

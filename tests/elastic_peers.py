@@ -1,74 +1,113 @@
-"""Peers of scripts/train_elastic.py on this machine, as tests start and watch them."""
+"""Peers of scripts/train_elastic.py, on this machine or on machines with their own network, as tests start them."""
 
+import signal
 import sys
 import time
 from pathlib import Path
 
 from commands import SHORT, Running, find_free_port, until
+from networks import Hosts
 from run_folders import rows
 
 FLAGS = [*SHORT, "--eval-every", "0", "--checkpoint-every", "0", "--max-steps", "120"]
 
 
 class Peers:
-    """Starts peers; the first one also starts the lighthouse.
+    """Starts peers and reads their logs.
 
     Args:
         folder: for the peers' run folders.
         start: the fixture that starts commands.
         flags: of all peers.
+        machines: number N of it runs the N-th peer that is named in `places`; None: all run on this machine.
     """
 
-    def __init__(self, folder: Path, start, *flags):
-        self.folder, self.flags, self._start = folder, [*FLAGS, *flags], start
-        self.lighthouse = find_free_port()
+    def __init__(self, folder: Path, start, *flags, machines: Hosts | None = None):
+        self.folder, self.flags, self._start, self.machines = folder, [*FLAGS, *flags], start, machines
+        self.port = 29510 if machines else find_free_port()
+        self.running: dict[str, Running] = {}
+        self.places: dict[str, int] = {}
 
-    def start(self, name: str, *flags, prefix: list | None = None) -> Running:
-        """Starts a peer."""
-        port = find_free_port()
-        while port % 2:  # it uses the next one too
-            port = find_free_port()
+    @property
+    def lighthouse(self) -> str:
+        """The address of the lighthouse, which the first peer starts."""
+        return f"http://{'10.77.0.1' if self.machines else '127.0.0.1'}:{self.port}"
+
+    def start(self, name: str, *flags) -> Running:
+        """Starts a peer, or starts it again."""
+        number = self.places.setdefault(name, len(self.places) + 1)
         words = [sys.executable, "scripts/train_elastic.py", *self.flags, *flags, "--peer-name", name]
-        words += ["--lighthouse", f"http://127.0.0.1:{self.lighthouse}", "--peer-port", port]
-        return self._start([*words, "--output-dir", self.folder / name], prefix=prefix, warm=prefix is None)
+        words += ["--lighthouse", self.lighthouse, "--output-dir", self.folder / name]
+        if self.machines:
+            prefix = [*self.machines.on(number), "env", "OMP_NUM_THREADS=1"]
+            self.running[name] = self._start(words, prefix=prefix)
+        else:
+            while (port := find_free_port()) % 2:  # it uses the next one too
+                pass
+            self.running[name] = self._start([*words, "--peer-port", port], warm=True)
+        return self.running[name]
+
+    def start_lighthouse(self, number: int = 1) -> Running:
+        """Starts a lighthouse on its own, on a machine."""
+        prefix = self.machines.on(number) if self.machines else None
+        return self._start([sys.executable, "-m", "forge_lib.elastic.membership", self.port], prefix=prefix)
+
+    def kill(self, name: str) -> None:
+        """Kills a peer."""
+        self.running.pop(name).kill()
 
     def rounds(self, name: str) -> list[dict]:
-        """Returns the rows of the rounds that a peer has logged."""
-        return rows(self.folder / name, "round") if (self.folder / name / "metrics.jsonl").exists() else []
+        """Returns the rows of the rounds that a peer has logged, over all its starts."""
+        if not (self.folder / name / "metrics.jsonl").exists():
+            return []
+        return rows(self.folder / name, "weights_hash")
 
-    def wait_for_round(self, name: str, number: int, running: Running, seconds: float = 90) -> dict:
-        """Waits until a peer has logged a round; returns its row."""
+    def events(self, name: str) -> list[str]:
+        """Returns the events that a peer has logged."""
+        return [row["event"] for row in rows(self.folder / name, "event")]
+
+    def last_round(self, name: str) -> int:
+        """Returns the newest round that a peer has logged; 0: none."""
+        return max((row["round"] for row in self.rounds(name)), default=0)
+
+    def wait_for_round(self, name: str, number: int, seconds: float = 90) -> dict:
+        """Waits until a peer has logged a round from `number` on; returns its row."""
+        running = self.running[name]
 
         def find() -> dict | None:
             assert running.process.poll() is None, running.log.read_text()
-            return next((row for row in self.rounds(name) if row["round"] >= number and "weights_hash" in row), None)
+            return next((row for row in self.rounds(name) if row["round"] >= number), None)
 
         return until(find, seconds, f"round {number} of {name}")
 
-    def check_hashes(self, *names: str) -> None:
-        """Checks that after each round all peers that have logged it have the same weights and learning rate."""
-        by_round: dict[int, set] = {}
+    def stop(self, *names: str, seconds: float = 90) -> None:
+        """Sends SIGTERM to peers, and waits until they have ended well."""
         for name in names:
+            self.running[name].process.send_signal(signal.SIGTERM)
+        self.finish(*names, seconds=seconds)
+
+    def finish(self, *names: str, seconds: float = 120) -> None:
+        """Waits until peers have ended well."""
+        end = time.monotonic() + seconds
+        for name in names:
+            ended = self.running.pop(name).finish(max(1, end - time.monotonic()))
+            assert ended.code == 0, ended.output
+
+    def check(self) -> list[int]:
+        """Checks what holds at any time, and returns the committed samples, in order.
+
+        After each round all peers that have logged it have the same weights, learning rate and step, and have
+        committed the same samples; no sample is committed twice.
+        """
+        by_round: dict[int, dict[str, tuple]] = {}
+        for name in self.places:
             for row in self.rounds(name):
-                if "weights_hash" in row:
-                    by_round.setdefault(row["round"], set()).add(
-                        (row["weights_hash"], row["learning_rate"], row["step"])
-                    )
-        assert by_round and all(len(found) == 1 for found in by_round.values()), by_round
-
-
-def committed_samples(*folders: Path) -> list[int]:
-    """Returns the samples of all rounds that any of the peers has logged, in order; each round counts once."""
-    by_round: dict[int, list] = {}
-    for folder in folders:
-        for row in rows(folder, "samples"):
-            assert by_round.setdefault(row["round"], row["samples"]) == row["samples"]
-    return sorted(s for ranges in by_round.values() for start, stop in ranges for s in range(start, stop))
-
-
-def finish_all(*running: Running, seconds: float = 120) -> list[str]:
-    """Waits until all peers have ended well; returns their outputs."""
-    end = time.monotonic() + seconds
-    ended = [each.finish(max(1, end - time.monotonic())) for each in running]
-    assert all(each.code == 0 for each in ended), "\n\n".join(each.output for each in ended)
-    return [each.output for each in ended]
+                facts = (row["weights_hash"], row["learning_rate"], row["step"], str(row["samples"]))
+                assert by_round.setdefault(row["round"], {}).setdefault(name, facts) == facts, "logged twice"
+        assert by_round
+        for number, found in by_round.items():
+            assert len(set(found.values())) == 1, (number, found)
+        ranges = {row["round"]: row["samples"] for name in self.places for row in self.rounds(name)}
+        samples = sorted(s for each in ranges.values() for start, stop in each for s in range(start, stop))
+        assert len(set(samples)) == len(samples)
+        return samples

@@ -12,7 +12,7 @@ from commands import ROOT
 LIBRARY = ROOT / "forge_lib"
 # A module imports from its own folder and from groups to its left.
 GROUPS = [
-    {"errors", "disk", "config", "flags", "process"},
+    {"errors", "disk", "config", "peers_config", "flags", "process"},
     {"data", "models", "checkpoints", "distributed", "cluster"},
     {"training", "launch", "check"},
     {"elastic"},
@@ -122,13 +122,19 @@ LOOP_DIFFERENCES = """
 +    optimizers: list[torch.optim.Optimizer],
 -    run.begin(model, optimizers)
 +    run.begin(model, optimizers, also_save=[rounds.outer])
-+    learning_rate = rounds.begin(learning_rate)
++    learning_rate = rounds.begin(optimizers, learning_rate)
 -        evaluate(run, model)
 +        rounds.evaluate(model)
 -    for step, blocks, batch in run.steps():
 +    for step, blocks, batch in run.steps(rounds.batches()):
+-        num_targets = max(1, inputs.dataset.num_targets(blocks))
++        num_targets = max(1, rounds.num_targets(blocks))
+-        mean_loss = run.total_loss() / num_targets
++        mean_loss = rounds.total_loss() / num_targets
+-        if run.may_update(mean_loss, grad_norm):
++        if rounds.may_update() and run.may_update(mean_loss, grad_norm):
 -        run.step_done(mean_loss, grad_norm, learning_rate(step))
-+        rounds.step_done(mean_loss, num_targets, grad_norm)
++        rounds.step_done(mean_loss, grad_norm)
 -            evaluate(run, model)
 +            rounds.evaluate(model)
 """
@@ -154,3 +160,10 @@ def test_the_loops_of_the_sibling_scripts_differ_only_in_their_feature():
 def test_only_one_file_touches_torchft():
     using = [path.name for path in LIBRARY.rglob("*.py") if re.search(r"(from|import) torchft", path.read_text())]
     assert using == ["membership.py"]
+
+
+def test_make_finds_all_tests_that_run_alone():
+    """It collects them from some folders only, which is faster."""
+    folders = re.search("^ALONE := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    using = [path for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark." + "alone" in path.read_text()]
+    assert len(using) >= 3 and all(any(ROOT / folder in path.parents for folder in folders) for path in using)

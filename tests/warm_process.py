@@ -14,7 +14,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
-from commands import BIN, ROOT
+from commands import BIN
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
 # Imported once by the server from which all processes are forked. Nothing may compute there: threads do not survive a
@@ -27,9 +27,9 @@ _context = multiprocessing.get_context("forkserver")
 class WarmProcess:
     """A running script, with the methods of subprocess.Popen that tests use."""
 
-    def __init__(self, words: list[str], log: Path, cwd: Path = ROOT):
+    def __init__(self, words: list[str], log: Path, cwd: Path, variables: dict[str, str]):
         _context.set_forkserver_preload(PRELOAD)
-        self._start(_context, words, log, cwd, dict(os.environ))
+        self._start(_context, words, log, cwd, os.environ | variables)
 
     def _start(self, context: BaseContext, words: list[str], log: Path | None, cwd: Path, environment: dict) -> None:
         self._process = context.Process(target=_run, args=(words, log, cwd, environment))

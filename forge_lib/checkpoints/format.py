@@ -54,16 +54,20 @@ def collect_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -
 
     Args:
         model: unwrapped; parameters that are not trained are omitted.
-        optimizers: a tensor of their states is named `optimizer/parameter/key`.
+        optimizers: with these states.
     """
-    states = {
+    weights = {name: p.detach() for name, p in trainable(model).items()}
+    return dict(zip(TENSOR_FILES, (weights, optimizer_tensors(optimizers)), strict=True))
+
+
+def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of the optimizers' states, without copying them; `optimizer/parameter/key` is the name."""
+    return {
         f"{number}/{parameter}/{key}": torch.as_tensor(value).detach()
         for number, optimizer in enumerate(optimizers)
         for parameter, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
     }
-    weights = {name: p.detach() for name, p in trainable(model).items()}
-    return dict(zip(TENSOR_FILES, (weights, states), strict=True))
 
 
 def write(folder: Path, step: int, tensors: Tensors, state: bytes, parallel: bool = True) -> Path:

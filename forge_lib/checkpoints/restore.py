@@ -141,13 +141,18 @@ def load(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
+    load_states(values, optimizers)
+    return state
+
+
+def load_states(tensors: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
+    """Loads the tensors of `optimizer_tensors` into optimizers; their settings stay."""
     states: list[dict] = [{} for _ in optimizers]
-    for name, tensor in values.items():
+    for name, tensor in tensors.items():
         optimizer, parameter, key = name.split("/")
-        states[int(optimizer)].setdefault(int(parameter), {})[key] = tensor.clone()  # no longer in the memory map
+        states[int(optimizer)].setdefault(int(parameter), {})[key] = tensor.clone()  # no longer in a memory map
     for optimizer, values in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
 
 
 def _expected_shapes(optimizers: list[torch.optim.Optimizer], values: dict[str, torch.Tensor]) -> dict[str, tuple]:

@@ -37,3 +37,8 @@ def is_loopback(address: str) -> bool:
 def is_valid_port(port: int) -> bool:
     """Returns whether a number can be a TCP or UDP port."""
     return 0 < port < 1 << 16
+
+
+def bracketed(address: str) -> str:
+    """Returns an address as it is written in a URL: an IPv6 address in brackets."""
+    return f"[{address}]" if ":" in address else address

@@ -4,6 +4,8 @@
     port: 29500                     # on the main machine
     device: auto                    # cpu, cuda, auto
     mixed_precision: auto           # no, bf16, fp16, auto
+    lighthouse: alice               # with --elastic: the machine that runs the lighthouse; else the main machine
+    lighthouse_port: 29510
     machines:                       # the first one is the main machine
       - {name: alice, address: 10.77.0.1, processes: 2}
       - {name: bob, address: 10.77.0.2, processes: 1}
@@ -72,12 +74,19 @@ class Cluster:
     port: int = 29500
     device: str = "auto"
     mixed_precision: str = "auto"
+    lighthouse: str = ""
+    lighthouse_port: int = 29510
     wireguard: WireGuard | None = None
 
     @property
     def main(self) -> Machine:
         """The main machine."""
         return self.machines[0]
+
+    @property
+    def lighthouse_machine(self) -> Machine:
+        """The machine that runs the lighthouse of train_elastic.py."""
+        return next((each for each in self.machines if each.name == self.lighthouse), self.main)
 
     @property
     def num_processes(self) -> int:

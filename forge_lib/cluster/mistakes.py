@@ -22,7 +22,9 @@ def find_mistakes(cluster: "Cluster") -> list[str]:
         mistakes.append(f"name is {cluster.name!r:.99}, expected letters, digits, '-', '_' and '.'")
     mistakes += _check_choice("device", cluster.device, DEVICES)
     mistakes += _check_choice("mixed_precision", cluster.mixed_precision, PRECISIONS)
-    mistakes += _check_port("port", cluster.port)
+    mistakes += _check_port("port", cluster.port) + _check_port("lighthouse_port", cluster.lighthouse_port)
+    if cluster.lighthouse:
+        mistakes += _check_choice("lighthouse", cluster.lighthouse, tuple(each.name for each in cluster.machines))
     for machine in cluster.machines:
         mistakes += _check_machine(machine)
     mistakes += _check_differences(cluster.machines)

@@ -10,14 +10,15 @@ from forge_lib.config import flag_name
 from forge_lib.data.files import data_exists
 from forge_lib.data.token_store import is_store, open_store, received_folder
 from forge_lib.distributed.transfer_files import list_files
-from forge_lib.elastic.config import ElasticConfig
 from forge_lib.elastic.fetching import NETWORK_ERRORS, GoneError, download, fetch_facts
 from forge_lib.elastic.meeting import Meeting
-from forge_lib.elastic.membership import Member, Membership, PeerFacts
+from forge_lib.elastic.membership import Membership
+from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.elastic.shared_state import STATE, UPDATE_ERRORS, UPDATES, SharedState, update_name
 from forge_lib.elastic.sharing import Shared
 from forge_lib.errors import UserError
 from forge_lib.models.loading import model_exists
+from forge_lib.peers_config import ElasticConfig
 
 logger = logging.getLogger("forge")
 
@@ -132,7 +133,8 @@ def _wait_for_update(source: PeerFacts) -> dict:
     until = time.monotonic() + COMMIT_SECONDS + 2 * source.exchange_seconds
     while True:
         served = fetch_facts(source)["folders"]
-        if update_name(source.round) in served.get(UPDATES, {}) or time.monotonic() > until:
+        updates = served.get(UPDATES)  # there are none with --sync-every 1
+        if updates is None or update_name(source.round) in updates or time.monotonic() > until:
             return served
         time.sleep(POLL_SECONDS)
 

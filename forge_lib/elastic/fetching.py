@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from forge_lib.cluster.addresses import bracketed
 from forge_lib.distributed.transfer_files import (
     PIECE_BYTES,
     Files,
@@ -23,7 +24,7 @@ from forge_lib.distributed.transfer_files import (
     total_bytes,
 )
 from forge_lib.distributed.transfer_progress import ProgressMeter
-from forge_lib.elastic.membership import PeerFacts
+from forge_lib.elastic.peer_facts import PeerFacts
 from forge_lib.errors import UserError
 
 logger = logging.getLogger("forge")
@@ -41,8 +42,7 @@ class GoneError(Exception):
 
 def url_of(peer: PeerFacts, *words: str) -> str:
     """Returns the address of something that a peer serves."""
-    host = f"[{peer.address}]" if ":" in peer.address else peer.address
-    return f"http://{host}:{peer.http_port}/{'/'.join(map(quote, words))}"
+    return f"http://{bracketed(peer.address)}:{peer.http_port}/{'/'.join(map(quote, words))}"
 
 
 def fetch_facts(peer: PeerFacts) -> dict:

@@ -9,6 +9,7 @@ of those that were not committed when the round began. A commit records what eac
 or a lost peer left out stays open, and is given out first in the next round.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -62,6 +63,15 @@ class Ledger:
         samples = self.open_samples(num_steps * num_peers * batch_size)
         starts = [(step * num_peers + index) * batch_size for step in range(num_steps)]
         return [samples[start : start + batch_size] for start in starts]
+
+    def divide(self, batch_size: int, speeds: list[float]) -> list[np.ndarray]:
+        """Returns each peer's part of the next batch, in proportion to the speeds; a part may be empty.
+
+        With `--sync-every 1` all peers compute one batch together, the same one for any number of peers.
+        """
+        samples = self.open_samples(batch_size)
+        edges = np.round(np.cumsum([0.0, *speeds]) / sum(speeds) * len(samples)).astype(int)
+        return [samples[start:stop] for start, stop in itertools.pairwise(edges)]
 
     def commit(self, samples: Iterable[int]) -> None:
         """Records samples as committed; none of them was before."""

@@ -8,10 +8,11 @@ import torch
 import xxhash
 
 from forge_lib.elastic import averaging
-from forge_lib.elastic.config import ElasticConfig
-from forge_lib.elastic.membership import Member, PeerGroup
+from forge_lib.elastic.membership import PeerGroup
 from forge_lib.elastic.outer import SPARSE_ERROR_DECAY, default_rates
+from forge_lib.elastic.peer_facts import Member
 from forge_lib.elastic.shared_state import Commit, SharedState
+from forge_lib.peers_config import ElasticConfig
 
 FIRST_TIMEOUT_SECONDS = 120.0  # of a phase, before any exchange was measured
 TIMEOUT_FLOOR_SECONDS = 5.0
@@ -21,6 +22,8 @@ CONNECT_SECONDS = 10.0
 
 def ready_members(members: list[Member]) -> list[Member]:
     """Returns the members with the newest state, and the configuration of the first of them."""
+    if not members:
+        return []
     newest = max(members, key=lambda each: (each.facts.round, each.facts.index >= 0, each.facts.tokens)).facts
     same = (newest.round, newest.state_hash, newest.config)
     return [each for each in members if (each.facts.round, each.facts.state_hash, each.facts.config) == same]
@@ -49,7 +52,6 @@ class Meeting:
         state: of this peer.
         group: connects it to the others.
         own: identifier of this peer.
-
     """
 
     def __init__(self, config: ElasticConfig, state: SharedState, group: PeerGroup, own: str):
@@ -61,7 +63,7 @@ class Meeting:
 
     def describe(self, ready: list[Member]) -> Commit:
         """Returns the commit of a round: the same on all members, because it follows from what they said."""
-        compression, batch_size = self._config.outer_compression, self._config.batch_size
+        compression, batch_size = self._config.compression, self._config.batch_size
         contributors = [member for member in ready if member.facts.tokens]
         learning_rate, momentum = default_rates(len(contributors), compression)
         if self._config.outer_learning_rate:
@@ -102,28 +104,73 @@ class Meeting:
                 self._change = outer.change()
             if self._sent is None or self._sent[0] != len(ready):
                 self._sent = (len(ready), [shards.encode(self._change, index) for index in range(len(ready))])
-        sent = self._sent[1] if self._sent else []
-        timeout = self._timeout(ready)
+        weights = [member.facts.tokens / commit.num_targets for member in ready]
+        result = self._average(ready, commit, self._sent[1] if self._sent else [], weights)
+        self._group.close()
+        self._apply(commit, result.data)
+        return Exchanged(commit, self._seconds_since(start), result.num_bytes), result.data
+
+    def sum_gradients(self, ready: list[Member], samples: np.ndarray) -> tuple[Exchanged, torch.Tensor]:
+        """Adds up the gradients of the members: `--sync-every 1`. Call on all of them.
+
+        Args:
+            ready: the members; each has computed the gradient of its part of a batch.
+            samples: of the batch.
+
+        Returns:
+            What the log says about it, and the sum, [total] fp32.
+
+        Raises:
+            RuntimeError: a member is lost or too slow. Nothing has changed.
+        """
+        start = time.monotonic()
+        outer, contributors = self._state.outer, [member.id for member in ready if member.facts.tokens]
+        num_targets = sum(member.facts.tokens for member in ready)
+        ranges = to_ranges(np.sort(samples))
+        commit = Commit(
+            self._state.round, self._config.compression, len(ready), 1.0, 0.0, ranges, num_targets, contributors
+        )
+        shards = self._state.shards(commit.compression, len(ready))
+        gradient = torch.empty(outer.flat.total)
+        outer.flat.read_gradients(gradient)
+        gradient += outer.error
+        sent = [shards.encode(gradient, index) for index in range(len(ready))]
+        weights = [float(member.id in contributors) for member in ready]
+        result = self._average(ready, commit, sent, weights)
+        if not shards.codec.is_exact and self._own in contributors:
+            outer.keep_error(gradient, sent, shards, self._decay(commit))
+        total = torch.empty(outer.flat.total)
+        for index, data in enumerate(result.data):
+            shards.decode_into(total, data, index)
+        return Exchanged(commit, self._seconds_since(start), result.num_bytes), total
+
+    def _average(
+        self, ready: list[Member], commit: Commit, sent: list[torch.Tensor], weights: list[float]
+    ) -> averaging.Result:
+        """Connects the members and averages their vectors; RuntimeError if not all of them have the same result."""
+        shards, timeout = self._state.shards(commit.compression, len(ready)), self._timeout(ready)
         attempt = repr([(member.id, member.facts.failures) for member in ready]).encode()
         name = f"{commit.round}/{xxhash.xxh3_64_hexdigest(attempt)}"  # of a group that was never there before
-        self._group.configure(ready, self._own, name, max(timeout, CONNECT_SECONDS))
+        self._group.connect(ready, self._own, name, max(timeout, CONNECT_SECONDS))
         place = (self._group.rank, len(ready))
-        own_range = shards.ranges(self._group.rank)
-        error = torch.zeros(sum(each.stop - each.start for each in own_range))
+        error = torch.zeros(sum(each.stop - each.start for each in shards.ranges(self._group.rank)))
         if self._owner_error and self._owner_error[0] == place and not shards.codec.is_exact:
             error = self._owner_error[1]
-        weights = [member.facts.tokens / commit.num_targets for member in ready]
         result = averaging.average(self._group, shards, sent, weights, error, timeout)
         digest = xxhash.xxh3_128_digest(b"".join([each.numpy().tobytes() for each in result.data]))
         if set(averaging.all_gather_hash(self._group, digest, timeout)) != {digest}:
             raise RuntimeError("the peers have received different results")
-        self._group.close()
-        self._apply(commit, result.data)
-        decay = SPARSE_ERROR_DECAY if commit.compression == "sparse" else 1.0
-        self._owner_error = (place, result.owner_error.mul_(decay))
+        self._owner_error = (place, result.owner_error.mul_(self._decay(commit)))
+        return result
+
+    def _seconds_since(self, start: float) -> float:
         seconds = time.monotonic() - start
         self._slowest = max(seconds, 0.8 * self._slowest)
-        return Exchanged(commit, seconds, result.num_bytes), result.data
+        return seconds
+
+    @staticmethod
+    def _decay(commit: Commit) -> float:
+        return SPARSE_ERROR_DECAY if commit.compression == "sparse" else 1.0
 
     def apply_missed(self, commit: Commit, data: list[torch.Tensor]) -> bool:
         """Applies a round that others have committed; returns whether this peer's change is in it."""
@@ -142,9 +189,8 @@ class Meeting:
     def _apply(self, commit: Commit, data: list[torch.Tensor]) -> None:
         if self._own in commit.contributors and self._change is not None and self._sent:
             shards = self._state.shards(commit.compression, self._sent[0])
-            decay = SPARSE_ERROR_DECAY if commit.compression == "sparse" else 1.0
             if not shards.codec.is_exact:
-                self._state.outer.keep_error(self._change, self._sent[1], shards, decay)
+                self._state.outer.keep_error(self._change, self._sent[1], shards, self._decay(commit))
         self._change = self._sent = None
         self._state.apply(commit, data)
 

@@ -11,7 +11,6 @@ peer; it unpickles what it receives; and it advertises a host name.
 
 import contextlib
 import dataclasses
-import ipaddress
 import logging
 import os
 import signal
@@ -20,7 +19,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +26,8 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from forge_lib.cluster.addresses import bracketed
+from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.errors import UserError, first_line
 from forge_lib.process import die_with_parent
 
@@ -41,62 +41,6 @@ CONNECT_SECONDS = 2.0
 STATUS_SECONDS = 30.0  # between two lines about what a peer waits for
 JOIN_SECONDS = 7 * 24 * 3600  # a living peer is waited for, however long its round is: a late one stops its heartbeats
 TORCHFT_FIX = "pip install 'p2p-llm-forge[elastic]' (Linux on x86-64, Python 3.10 to 3.13)"
-
-
-@dataclass(frozen=True)
-class PeerFacts:
-    """What a peer tells all others when it asks for a quorum.
-
-    Attributes:
-        name: of the peer, for people.
-        address: its IP address, as the others reach it.
-        store_port, http_port: where it accepts the process group's rendezvous, and where it serves its state.
-        round: rounds that its state contains; -1: it has no state yet.
-        state_hash: of that state.
-        index, group_size: its place among the peers that began this round together, and their number; -1 and 0: it
-            came later, and has computed nothing.
-        steps, tokens: steps and predicted tokens that it has computed in this round.
-        loss: sum over its targets in this round, in nats.
-        step_seconds, exchange_seconds: of a step and of the last exchange; 0: not known.
-        compute_seconds, busy_seconds: of this round: in steps, and from its begin to this request.
-        failures: exchanges of this round that have failed.
-        is_complete: whether its run is complete.
-        sums: of its part of an evaluation; empty: none.
-        config: the flags that must be equal, and the fingerprints of model and data.
-    """
-
-    name: str
-    address: str
-    store_port: int
-    http_port: int
-    round: int = -1
-    state_hash: str = ""
-    index: int = -1
-    group_size: int = 0
-    steps: int = 0
-    tokens: int = 0
-    loss: float = 0.0
-    step_seconds: float = 0.0
-    exchange_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    busy_seconds: float = 0.0
-    failures: int = 0
-    is_complete: bool = False
-    sums: dict = field(default_factory=dict)
-    config: dict = field(default_factory=dict)
-
-    @property
-    def has_state(self) -> bool:
-        """Whether it has the state of a round."""
-        return self.round >= 0
-
-
-@dataclass(frozen=True)
-class Member:
-    """A peer in a quorum: its identifier, which is new each time it starts, and what it tells about itself."""
-
-    id: str
-    facts: PeerFacts
 
 
 def split_address(url: str) -> tuple[str, int]:
@@ -149,6 +93,7 @@ class Membership:
         self.id = f"{name}:{uuid.uuid4().hex[:8]}"
         self._urls = lighthouses
         self._client: Any = None
+        self._strange: set[str] = set()  # identifiers of other programs
         self._beats = threading.Event()
         self._until = float("inf")  # no heartbeats after this time
         self._lost_at = 0.0  # when the lighthouse was lost; 0: it is there
@@ -207,8 +152,11 @@ class Membership:
             step=max(0, facts.round),
             data=dataclasses.asdict(facts),
         )
-        members = [Member(each.replica_id, PeerFacts(**each.data)) for each in quorum.participants]
-        return sorted(members, key=lambda member: member.id)
+        found = {each.replica_id: PeerFacts.from_json(each.data or {}) for each in quorum.participants}
+        for strange in {name for name, facts in found.items() if facts is None} - self._strange:
+            self._strange.add(strange)
+            logger.warning(f"{strange} at the lighthouse is not a peer of this version of the program: it is ignored")
+        return [Member(name, facts) for name, facts in sorted(found.items()) if facts]
 
     def _connect(self) -> Any:
         error: Exception = RuntimeError("no lighthouse is named")
@@ -269,9 +217,10 @@ class PeerGroup:
             raise UserError(f"--peer-port {port} cannot be used: {first_line(error)}; name another one") from None
         self.rank = self.size = 0
         self._group: Any = None
+        self._ids: list[str] = []
 
-    def configure(self, members: list[Member], own: str, name: str, timeout_seconds: float) -> None:
-        """Connects to the other members. Call on all of them.
+    def connect(self, members: list[Member], own: str, name: str, timeout_seconds: float) -> None:
+        """Connects to the other members, unless they are connected already. Call on all of them.
 
         Args:
             members: of the group, in the same order on each of them.
@@ -282,14 +231,16 @@ class PeerGroup:
         Raises:
             RuntimeError: a member does not connect.
         """
+        ids = [member.id for member in members]
+        if ids == self._ids:
+            return
         self.close()
-        self.rank, self.size = [member.id for member in members].index(own), len(members)
+        self.rank, self.size, self._ids = ids.index(own), len(ids), ids
         if self.size == 1:
             return
         first = members[0].facts
-        host = f"[{first.address}]" if ":" in first.address else first.address
         self._group = _import_torchft_group()(timeout=timedelta(seconds=timeout_seconds))
-        self._group.configure(f"{host}:{first.store_port}/{name}", own, self.rank, self.size)
+        self._group.configure(f"{bracketed(first.address)}:{first.store_port}/{name}", own, self.rank, self.size)
 
     def send(self, tensor: torch.Tensor, rank: int, tag: int) -> dist.Work:
         """Begins to send a contiguous CPU tensor to a member."""
@@ -301,15 +252,11 @@ class PeerGroup:
 
     def close(self) -> None:
         """Closes the connections; the other members see a failure if they still use them."""
+        self._ids = []
         if self._group:
             self._group.abort(errored=False)
             self._group.shutdown()
             self._group = None
-
-
-def is_peer_error(error: BaseException) -> bool:
-    """Returns whether an exchange failed because of another peer or the network, and not because of this program."""
-    return isinstance(error, RuntimeError)
 
 
 def _is_timeout(error: Exception) -> bool:
@@ -330,11 +277,6 @@ def _import_torchft_group() -> Any:
     from torchft.process_group import ProcessGroupGloo
 
     return ProcessGroupGloo
-
-
-def is_loopback(address: str) -> bool:
-    """Returns whether an IP address reaches this machine only."""
-    return ipaddress.ip_address(address.split("%")[0]).is_loopback
 
 
 if __name__ == "__main__":  # a child of train_elastic.py --serve-lighthouse or of p2p-llm-forge --elastic

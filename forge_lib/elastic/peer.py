@@ -12,71 +12,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from forge_lib.distributed.network import interface_of, route_address
 from forge_lib.elastic.catch_up import catch_up
-from forge_lib.elastic.config import ElasticConfig
 from forge_lib.elastic.meeting import Exchanged, Meeting, ready_members
-from forge_lib.elastic.membership import Member, Membership, PeerFacts, PeerGroup, split_address
+from forge_lib.elastic.membership import Membership, PeerGroup, split_address
 from forge_lib.elastic.pace import LATE, plan_round
+from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.elastic.shared_state import SharedState
 from forge_lib.elastic.sharing import Shared, StateServer
+from forge_lib.elastic.work import Met, Summed, Work
 from forge_lib.errors import UserError, first_line
+from forge_lib.peers_config import ElasticConfig
 
 logger = logging.getLogger("forge")
 
+STATUS_SECONDS = 30.0  # between two lines about missing peers
 RETRY_SECONDS = 0.5  # between two quorums while too few peers are there
-
-
-@dataclass
-class Work:
-    """What this peer has computed in the current round, and what it still has to.
-
-    Attributes:
-        index, group_size: its place among the peers of the round, and their number; -1 and 0 before its first round.
-        todo: the samples of each step that is still to be computed; none of them is empty.
-        planned_seconds: that the steps of the round should take; 0: not known.
-        begun_at: when the first step began, by time.monotonic; 0: not yet.
-        steps, targets, loss, compute_seconds: computed: steps, predicted tokens, the sum of their loss in nats,
-            seconds.
-    """
-
-    index: int = -1
-    group_size: int = 0
-    todo: list[np.ndarray] = field(default_factory=list)
-    planned_seconds: float = 0.0
-    num_planned: int = 0  # steps of all peers in this round
-    begun_at: float = 0.0
-    steps: int = 0
-    targets: int = 0
-    loss: float = 0.0
-    compute_seconds: float = 0.0
-
-    @property
-    def busy_seconds(self) -> float:
-        """Seconds since the first step began."""
-        return time.monotonic() - self.begun_at if self.begun_at else 0.0
-
-
-@dataclass(frozen=True)
-class Met:
-    """What a peer learns when it meets the others.
-
-    Attributes:
-        work: of the next round; None if the run is complete, or this peer is asked to stop.
-        exchanges: that were committed meanwhile, with what the members had said.
-        lost_targets: predicted tokens that this peer had computed, and which were dropped.
-        changed: whether the weights have changed.
-    """
-
-    work: Work | None
-    exchanges: list[tuple[Exchanged, list[Member]]]
-    lost_targets: int
-    changed: bool
 
 
 class Peer:
@@ -87,20 +42,21 @@ class Peer:
         report: called with (event, facts) for the log: peer_joined, peer_lost, healed, exchange_failed.
 
     Attributes:
+        state: shared with the others; None before `own_state`.
         shared: what it serves to others.
-        name, address: of this peer.
+        address: of this peer.
         step_seconds: of a step, measured; 0: not known. The loop sets it.
     """
 
-    state: SharedState
     _meeting: Meeting
     _fixed: dict
 
     def __init__(self, config: ElasticConfig, report: Callable[..., None]):
         self.config, self._report = config, report
-        self.shared = Shared()
+        self.shared, self.state = Shared(), None
         self.step_seconds = self._exchange_seconds = 0.0
         self._failures = 0
+        self._noted_at = -STATUS_SECONDS  # when the last line about missing peers was logged
         self._present: dict[str, str] = {}  # name by identifier, at the last quorum
         self._contexts = ExitStack()
 
@@ -136,7 +92,7 @@ class Peer:
         """Returns what this peer tells the others; without a state if it has none yet."""
         ports = (self.config.peer_port, self.config.peer_port + 1)
         facts = PeerFacts(self.config.name, self.address, *ports)
-        if not hasattr(self, "state"):
+        if self.state is None:
             return facts
         return dataclasses.replace(
             facts,
@@ -180,23 +136,76 @@ class Peer:
                 lost += self._catch_up(work, ready)
                 work, changed = Work(), True
                 continue
-            if any(member.facts.sums for member in ready):  # they still evaluate: this peer has come meanwhile
-                time.sleep(RETRY_SECONDS)
+            computed = any(member.facts.tokens for member in ready)
+            if any(member.facts.sums for member in ready) or (computed and self.config.sync_every == 1):
+                time.sleep(RETRY_SECONDS)  # they are in the middle of something: this peer has come meanwhile
                 continue
-            if any(member.facts.tokens for member in ready):
+            if computed:
                 exchanged = self._exchange(ready)
                 if not exchanged:
                     continue
                 exchanges.append((exchanged, ready))
                 changed = True
-            elif self.state.round == 0 and len(ready) < self.config.min_peers:
+            elif self._is_waiting_for_more(ready):
                 time.sleep(RETRY_SECONDS)
                 continue
             if len(ready) < len(members) and ready[0].id == self.membership.id:
                 self.state.serve_snapshot()
-            if self.state.ledger.is_complete:
-                return Met(None, exchanges, lost, changed)
-            return Met(self._plan(ready), exchanges, lost, changed)
+            if self.config.sync_every == 1 and len(ready) < len(members):
+                time.sleep(RETRY_SECONDS)  # all wait until the others have the state, too
+                continue
+            return Met(self.plan(ready), exchanges, lost, changed)
+
+    def _is_waiting_for_more(self, ready: list[Member]) -> bool:
+        """Returns whether nobody trains yet, and --min-peers waits for more."""
+        if any(member.facts.index >= 0 for member in ready) or len(ready) >= self.config.min_peers:
+            return False
+        if time.monotonic() - self._noted_at > STATUS_SECONDS:
+            self._noted_at = time.monotonic()
+            logger.info(f"{len(ready)} of --min-peers {self.config.min_peers} peers are there")
+        return True
+
+    def sum_gradients(self, work: Work, gives_up: Callable[[], bool]) -> Summed | None:
+        """Adds up the gradients of all peers of a step, and commits its samples: `--sync-every 1`.
+
+        Args:
+            work: of this peer in the step.
+            gives_up: called now and then; once it returns true, this peer waits no longer.
+
+        Returns:
+            None if a peer of the step is lost, or this one is asked to stop: the step is not committed.
+        """
+        members = self.membership.quorum(self.facts(work), gives_up)
+        group = [member for member in ready_members(members or []) if member.facts.index >= 0]
+        if self.membership.id not in [member.id for member in group] or len(group) < work.group_size:
+            return None
+        self._note(members)
+        try:
+            exchanged, total = self._meeting.sum_gradients(group, work.batch)
+        except RuntimeError as error:
+            self._note_failure(error)
+            return None
+        self._failures, self._exchange_seconds = 0, exchanged.seconds
+        self.state.commit(exchanged.commit)
+        return Summed(exchanged, total, group, is_alone=len(group) == len(members))
+
+    def plan(self, ready: list[Member]) -> Work:
+        """Returns this peer's work in the round that begins; the same call on the others gives them theirs."""
+        index = [member.id for member in ready].index(self.membership.id)
+        facts, batch_size = [member.facts for member in ready], self.config.batch_size
+        if self.state.ledger.is_complete:
+            return Work(index, len(ready))
+        if self.config.sync_every == 1:
+            seconds = [each.step_seconds for each in facts]
+            speeds = [1 / each for each in seconds] if all(seconds) else [1.0] * len(seconds)
+            parts = self.state.ledger.divide(batch_size, speeds)
+            todo = [parts[index]] if len(parts[index]) else []
+            return Work(index, len(ready), todo, np.concatenate(parts), num_planned=1)
+        exchange_seconds = max([self._exchange_seconds, *(each.exchange_seconds for each in facts)])
+        pace = plan_round([each.step_seconds for each in facts], exchange_seconds, self.config.sync_every)
+        samples = self.state.ledger.samples_of(index, len(ready), pace.steps[index], batch_size)
+        todo = [each for each in samples if len(each)]
+        return Work(index, len(ready), todo, None, pace.seconds, sum(pace.steps))
 
     def drop(self, work: Work) -> int:
         """Drops what this peer has computed in the round; returns the predicted tokens that are lost."""
@@ -221,21 +230,23 @@ class Peer:
         try:
             exchanged, data = self._meeting.exchange(ready)
         except RuntimeError as error:
-            self._failures += 1
-            self._meeting.close()
-            logger.warning(
-                f"the exchange of round {self.state.round + 1} has failed: {first_line(error)}; trying again"
-            )
-            self._report("exchange_failed", round=self.state.round + 1, error=first_line(error))
+            self._note_failure(error)
             return None
         self._failures, self._exchange_seconds = 0, exchanged.seconds
         self.state.keep_update(exchanged.commit, data, before)
         return exchanged
 
+    def _note_failure(self, error: RuntimeError) -> None:
+        self._failures += 1
+        self._meeting.close()
+        logger.warning(f"the exchange of round {self.state.round + 1} has failed: {first_line(error)}; trying again")
+        self._report("exchange_failed", round=self.state.round + 1, error=first_line(error))
+
     def _catch_up(self, work: Work, ready: list[Member]) -> int:
         """Gets the state of the others; returns the predicted tokens of this peer that are lost."""
         source, before = ready[0].facts, self.state.round
-        self.leave()  # they do not wait meanwhile
+        if self.config.sync_every != 1:
+            self.leave()  # they do not wait meanwhile
         logger.info(f"catching up from round {before} to round {source.round} with {source.name}")
         had_work = bool(work.steps)
         contributed = catch_up(self.state, self._meeting, ready, self.state.folder.with_name("incoming"))
@@ -243,16 +254,6 @@ class Peer:
         if self.state.hash == source.state_hash or self.state.round > before:
             self._report("healed", round=self.state.round, from_round=before, source=source.name, tokens_lost=lost)
         return lost
-
-    def _plan(self, ready: list[Member]) -> Work:
-        """Returns this peer's work in the round that begins; the same call on the others gives them theirs."""
-        index = [member.id for member in ready].index(self.membership.id)
-        facts = [member.facts for member in ready]
-        exchange_seconds = max([self._exchange_seconds, *(each.exchange_seconds for each in facts)])
-        pace = plan_round([each.step_seconds for each in facts], exchange_seconds, self.config.sync_every)
-        samples = self.state.ledger.samples_of(index, len(ready), pace.steps[index], self.config.batch_size)
-        todo = [each for each in samples if len(each)]
-        return Work(index, len(ready), todo, pace.seconds, num_planned=sum(pace.steps))
 
     def _check_config(self, ready: list[Member]) -> None:
         theirs = ready[0].facts

@@ -3,10 +3,11 @@
 import logging
 import time
 
-from forge_lib.elastic.config import ElasticConfig
 from forge_lib.elastic.meeting import Exchanged
-from forge_lib.elastic.membership import Member
-from forge_lib.elastic.peer import Peer, Work
+from forge_lib.elastic.peer import Peer
+from forge_lib.elastic.peer_facts import Member
+from forge_lib.elastic.work import Work
+from forge_lib.peers_config import ElasticConfig
 from forge_lib.training.anomalies import SpikeDetector
 from forge_lib.training.run import Run
 from forge_lib.training.throughput import peak_memory_bytes
@@ -27,7 +28,10 @@ class RoundLog:
         self._spikes = SpikeDetector()
         self._grad_norm = 0.0
         self._lost_targets = 0  # predicted tokens that were computed and then dropped, since the start
-        self._round_began = time.monotonic()
+        self._row_began = time.monotonic()
+        # Since the last row
+        self._samples: list[list[int]] = []
+        self._num_bytes, self._sync_seconds, self._compute_seconds = 0, 0.0, 0.0
 
     def step_done(self, mean_loss: float, grad_norm: float) -> None:
         """Records a step of this peer."""
@@ -42,26 +46,38 @@ class RoundLog:
         self._lost_targets += num_targets
         logger.warning(f"{num_targets:,} tokens of this peer are lost; their samples are trained again")
 
+    def committed(self, exchanged: Exchanged, own: Work) -> None:
+        """Records a commit; `round_done` logs all since the last row.
+
+        Args:
+            exchanged: what was committed, and how long that took.
+            own: this peer's work in it.
+        """
+        self._samples += exchanged.commit.samples
+        self._num_bytes += exchanged.num_bytes
+        self._sync_seconds += exchanged.seconds
+        self._compute_seconds += own.compute_seconds
+
     def round_done(
         self, peer: Peer, exchanged: Exchanged, ready: list[Member], own: Work, learning_rate: float, step: int
     ) -> None:
-        """Logs a committed round.
+        """Logs a committed round; with --sync-every 1, all steps since the last row.
 
         Args:
             peer: has the state after the round.
-            exchanged: what was committed, and how long that took.
-            ready: the members, with what they said before.
-            own: this peer's work in the round.
+            exchanged: the last commit.
+            ready: its members, with what they said before.
+            own: this peer's work in it.
             learning_rate: of the next step of all peers.
             step: completed steps of all peers.
         """
         now = time.monotonic()
-        seconds, self._round_began = now - self._round_began, now
+        seconds, self._row_began = now - self._row_began, now
         commit, config = exchanged.commit, self._config
         own_facts = next(member.facts for member in ready if member.id == peer.membership.id)
         participants = describe_participants(ready)
         own_wait = max(member.facts.busy_seconds for member in ready) - own_facts.busy_seconds
-        num_sequences = sum(stop - start for start, stop in commit.samples)
+        num_sequences = sum(stop - start for start, stop in self._samples)
         row = {
             "step": step,
             "epoch": peer.state.ledger.num_committed / len(self._run.inputs.dataset),
@@ -71,19 +87,19 @@ class RoundLog:
             "learning_rate": learning_rate,
             "tokens_per_second": num_sequences * config.sequence_length / seconds,
             "step_seconds": own.compute_seconds / max(1, own.steps),
-            "compute_seconds": own.compute_seconds,
-            "sync_seconds": exchanged.seconds,
-            "bytes_sent": exchanged.num_bytes,
+            "compute_seconds": self._compute_seconds,
+            "sync_seconds": self._sync_seconds,
+            "bytes_sent": self._num_bytes,
             "mfu": self._run.step_log.model_flops_utilization(own.targets / seconds),
             "peak_memory_bytes": peak_memory_bytes(self._run.accelerator.device),
             "num_processes": self._run.accelerator.num_processes,
             "round": commit.round + 1,
             "round_seconds": seconds,
             "wait_seconds": own_wait,
-            "utilization": min(1.0, own.compute_seconds / seconds),
+            "utilization": min(1.0, self._compute_seconds / seconds),
             "tokens_lost": self._lost_targets,
             "weights_hash": peer.state.outer.weights_hash(),
-            "samples": commit.samples,
+            "samples": self._samples,
             "participants": participants,
         }
         self._run.log.write(**row)
@@ -94,9 +110,10 @@ class RoundLog:
             f"round {commit.round + 1}  step {step}/{self._run.inputs.plan.num_steps}  loss {row['loss']:.4f}  "
             f"lr {learning_rate:.2e}  {row['tokens_per_second']:,.0f} tokens/s  steps: "
             f"{steps}  {seconds:.1f} s = "
-            f"{own.compute_seconds:.1f} compute + {own_wait:.1f} wait + {exchanged.seconds:.1f} exchange  "
-            f"{exchanged.num_bytes / 1e6:.2f} MB  utilization {row['utilization']:.0%}"
+            f"{self._compute_seconds:.1f} compute + {own_wait:.1f} wait + {self._sync_seconds:.1f} exchange  "
+            f"{self._num_bytes / 1e6:.2f} MB  utilization {row['utilization']:.0%}"
         )
+        self._samples, self._num_bytes, self._sync_seconds, self._compute_seconds = [], 0, 0.0, 0.0
 
 
 def describe_participants(members: list[Member]) -> list[dict]:

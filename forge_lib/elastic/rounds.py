@@ -7,26 +7,29 @@ tells its other processes what was decided.
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from forge_lib.elastic.catch_up import fetch_inputs, serve_inputs
-from forge_lib.elastic.config import ElasticConfig
 from forge_lib.elastic.flat import FlatParameters
 from forge_lib.elastic.inner import copy_weights, tell_all
 from forge_lib.elastic.ledger import Ledger
 from forge_lib.elastic.outer import OuterOptimizer
 from forge_lib.elastic.pace import LATE
-from forge_lib.elastic.peer import Met, Peer, Work
+from forge_lib.elastic.peer import Peer
 from forge_lib.elastic.round_log import RoundLog
 from forge_lib.elastic.shared_evaluation import evaluate_parts
 from forge_lib.elastic.shared_state import SharedState
+from forge_lib.elastic.work import Met, Summed, Work
 from forge_lib.errors import UserError
+from forge_lib.peers_config import ElasticConfig
 from forge_lib.training.run import Run
 
 logger = logging.getLogger("forge")
@@ -58,8 +61,7 @@ class Decision:
 
 
 class Rounds:
-    """The rounds of this peer. Use it as a context manager inside `Run`; call its methods on all processes of the
-    peer.
+    """The rounds of a peer. Use it as a context manager inside `Run`; call its methods on all processes of the peer.
 
     Args:
         config: every flag.
@@ -80,6 +82,8 @@ class Rounds:
         self._is_complete = False
         self._local_steps = self._num_met = 0
         self._joined_late = False
+        self._targets = 0  # of this peer's part of the step
+        self._summed: Summed | None = None  # of the step, with --sync-every 1
         self._schedule: Callable[[int], float] = lambda step: 0.0
 
     def __enter__(self) -> "Rounds":
@@ -124,10 +128,13 @@ class Rounds:
             serve_inputs(self.config, self._peer.shared, stores)
         return self.outer
 
-    def begin(self, learning_rate: Callable[[int], float]) -> Callable[[int], float]:
+    def begin(
+        self, optimizers: list[torch.optim.Optimizer], learning_rate: Callable[[int], float]
+    ) -> Callable[[int], float]:
         """Takes over the newest state of any peer, waits for --min-peers, and begins a round with all of them.
 
         Args:
+            optimizers: of the loop.
             learning_rate: by step, of all peers.
 
         Returns:
@@ -135,13 +142,19 @@ class Rounds:
         """
         self._log, self._schedule = RoundLog(self.run, self.config), learning_rate
         saved = self.run.saved_state("elastic")
+        if self.config.sync_every == 1 and self.run.world.num_processes > 1:
+            raise UserError(
+                "--sync-every 1 works with one process per peer; start one peer for each GPU, or use train.py"
+            )
         if self._peer:
+            if self.config.sync_every == 1:
+                self._peer.state.inner_optimizers = optimizers
             if saved and not self._peer.state.load(saved):
                 raise UserError("the checkpoint's shared state does not have its hash: remove this checkpoint")
             self._peer.state.replay()
         copy_weights(self.run.accelerator, self.outer.flat.parameters)
         self._meet()
-        self._joined_late = not saved and self.run.step > 0
+        self._joined_late = not saved and self.run.step > 0 and self.config.sync_every != 1
 
         def own_learning_rate(step: int) -> float:
             is_cold = self._joined_late and self._local_steps < WARM_UP_STEPS
@@ -154,37 +167,90 @@ class Rounds:
     def batches(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yields the number and the blocks [n] int64 of each step of this peer, until the run is complete.
 
-        The number counts the steps of all peers, as if they took turns: the learning rate follows it.
+        The number counts the steps of all peers, as if they took turns: the learning rate follows it. A step without
+        blocks, if there are too few for all peers at the end of a run, has a gradient of 0.
         """
         while not self._is_complete and not self.run.stopped_by:
             work = self._work
-            if work.steps == len(work.todo):  # it has nothing to do in this round
-                self._meet()
-                continue
             if not work.steps:
                 work.begun_at = time.monotonic()
                 if self._peer:
                     self._peer.expect(work)
-            yield self._step_number(), self.run.inputs.plan.blocks(work.todo[work.steps])
+            samples = work.todo[work.steps] if work.todo else np.arange(0)
+            yield self._step_number(), self.run.inputs.plan.blocks(samples)
 
-    def step_done(self, mean_loss: float, num_targets: int, grad_norm: float) -> None:
+    def num_targets(self, blocks: np.ndarray) -> int:
+        """Returns how many tokens are predicted in a step; with --sync-every 1, by all peers together."""
+        plan, dataset, work = self.run.inputs.plan, self.run.inputs.dataset, self._work
+        self._targets = dataset.num_targets(blocks)
+        return self._targets if work.batch is None else dataset.num_targets(plan.blocks(work.batch))
+
+    def total_loss(self) -> float:
+        """Returns the loss sum of the step over this peer's processes, in nats.
+
+        With --sync-every 1: over all peers, and adds up their gradients too.
+        """
+        loss, work = self.run.total_loss(), self._work
+        work.steps, work.targets, work.loss = work.steps + 1, work.targets + self._targets, work.loss + loss
+        if self.config.sync_every != 1:
+            return loss
+        self._count_seconds(max(1, sum(map(len, work.todo))))  # per sequence, and without the exchange
+        self._summed = self._peer.sum_gradients(work, self._gives_up)
+        if not self._summed:
+            return math.nan
+        self.outer.flat.write_gradients(self._summed.gradient)
+        return sum(member.facts.loss for member in self._summed.group)
+
+    def may_update(self) -> bool:
+        """Returns whether the step may update the weights: with --sync-every 1, if the gradients were added up."""
+        return self.config.sync_every != 1 or self._summed is not None
+
+    def step_done(self, mean_loss: float, grad_norm: float) -> None:
         """Records a step of this peer; after the last one of a round, averages the changes of all peers.
 
         Args:
-            mean_loss: of this peer's batch, in nats.
-            num_targets: predicted tokens of the batch.
-            grad_norm: of this peer's gradient, before clipping.
+            mean_loss: of the step, in nats.
+            grad_norm: of the step's gradient, before clipping.
         """
-        work, seconds = self._work, self.run.step_log.seconds
-        work.steps, work.targets = work.steps + 1, work.targets + num_targets
-        work.loss, work.compute_seconds = work.loss + mean_loss * num_targets, work.compute_seconds + seconds
-        if self._peer and self._local_steps:  # the very first step may compile
-            known = self._peer.step_seconds or seconds
-            self._peer.step_seconds = SPEED_MEMORY * known + (1 - SPEED_MEMORY) * seconds
-        self._local_steps += 1
-        self._log.step_done(mean_loss, grad_norm)
+        if self.may_update():
+            self._log.step_done(mean_loss, grad_norm)
+        if self.config.sync_every == 1:
+            self._gradient_step_done()
+            return
+        self._count_seconds(1)
         self.run.advance(self.run.step)
         if self.run.stopped_by or self._is_round_over():
+            self._meet()
+
+    def _count_seconds(self, divisor: int) -> None:
+        """Adds the seconds of the step so far to those of the round; `divisor` makes them the speed of this peer."""
+        seconds = self.run.step_log.seconds
+        self._work.compute_seconds += seconds
+        if self._peer and self._local_steps:  # the very first step may compile
+            known = self._peer.step_seconds or seconds / divisor
+            self._peer.step_seconds = SPEED_MEMORY * known + (1 - SPEED_MEMORY) * seconds / divisor
+        self._local_steps += 1
+
+    def _gradient_step_done(self) -> None:
+        """Ends a step of --sync-every 1: all peers have made the same update, or none of them has."""
+        summed, work = self._summed, self._work
+        self._summed = None
+        self.run.advance(self.run.step)
+        if summed:
+            self._peer.state.updated()
+            state = self._peer.state
+            self._is_complete = state.ledger.is_complete
+            self.run.extra_state["elastic"] = state.describe()
+            self.run.advance(self.run.inputs.plan.num_steps if self._is_complete else self.run.step + 1)
+            self._log.committed(summed.exchanged, work)
+            if self.run.is_due(self.config.log_every):
+                rate = self._schedule(min(self.run.step, self.run.inputs.plan.num_steps - 1))
+                self._log.round_done(self._peer, summed.exchanged, summed.group, work, rate, self.run.step)
+            self._work = self._peer.plan(summed.group)
+        if self.run.stopped_by:
+            self._peer.leave()
+        elif not summed or not (summed.is_alone or self._is_complete):
+            self._work = Work()
             self._meet()
 
     def evaluate(self, model: nn.Module) -> None:
@@ -202,7 +268,7 @@ class Rounds:
         decision = tell_all(self.run.accelerator, decision)
         if decision.changed:
             copy_weights(self.run.accelerator, self.outer.flat.parameters)
-        lost, self._work = self._work, decision.work or Work()
+        done, self._work = self._work, decision.work or Work()
         self._is_complete = decision.is_complete
         if decision.step != self.run.step:
             self.run.advance(decision.step)
@@ -211,8 +277,9 @@ class Rounds:
             if self.run.must_save():
                 self._peer.state.checkpoint_due()
             for exchanged, ready in met.exchanges:
+                self._log.committed(exchanged, done)
                 rate = self._schedule(min(self.run.step, self.run.inputs.plan.num_steps - 1))
-                self._log.round_done(self._peer, exchanged, ready, lost, rate, self.run.step)
+                self._log.round_done(self._peer, exchanged, ready, done, rate, self.run.step)
             if met.lost_targets:
                 self._log.lost(met.lost_targets)
         if not decision.work and not decision.is_complete:
@@ -231,7 +298,7 @@ class Rounds:
     def _is_round_over(self) -> bool:
         """Returns whether this peer has computed its steps, or would be late with another one."""
         work = self._work
-        is_over = work.steps == len(work.todo)
+        is_over = work.steps >= len(work.todo)
         if self._peer and work.planned_seconds:
             is_over |= work.busy_seconds + self._peer.step_seconds > LATE * work.planned_seconds
         return tell_all(self.run.accelerator, is_over)

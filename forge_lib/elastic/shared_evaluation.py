@@ -6,7 +6,8 @@ from torch.utils.data import Subset
 
 from forge_lib.elastic.inner import tell_all
 from forge_lib.elastic.meeting import ready_members
-from forge_lib.elastic.peer import Peer, Work
+from forge_lib.elastic.peer import Peer
+from forge_lib.elastic.work import Work
 from forge_lib.training.evaluation import evaluation_totals
 from forge_lib.training.run import Run
 

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from forge_lib import disk
-from forge_lib.checkpoints.format import to_json
+from forge_lib.checkpoints.format import optimizer_tensors, to_json
+from forge_lib.checkpoints.restore import load_states
 from forge_lib.distributed.transfer_files import list_files
 from forge_lib.elastic.compression import CODECS
 from forge_lib.elastic.flat import Shards
@@ -77,6 +78,7 @@ class SharedState:
 
     Attributes:
         folder: of the files that are served.
+        inner_optimizers: with --sync-every 1, the loop's optimizers, whose state the peers share too.
         round: rounds that it contains.
         num_targets: that were predicted in them.
         hash: equal on two peers if their states are.
@@ -87,6 +89,7 @@ class SharedState:
     ):
         self.outer, self.ledger, self.round, self.num_targets = outer, ledger, 0, 0
         self.folder, self._shared = folder, shared
+        self.inner_optimizers: list[torch.optim.Optimizer] = []
         self._snapshot_round = -1
         self._keeps_checkpoints = keeps_checkpoints
         self._kept_since = self._saved_round = 0  # rounds of the last two checkpoints
@@ -131,9 +134,18 @@ class SharedState:
         for index, each in enumerate(data):
             shards.decode_into(update, each, index)
         self.outer.step(update, commit.learning_rate, commit.momentum)
+        self.commit(commit)
+        self.hash = self._hash()
+
+    def commit(self, commit: Commit) -> None:
+        """Records the samples of a committed round. With --sync-every 1, `updated` follows after the update."""
         self.ledger.commit(np.concatenate([np.arange(*each) for each in commit.samples] or [np.arange(0)]).tolist())
         self.num_targets += commit.num_targets
         self.round = commit.round + 1
+
+    def updated(self) -> None:
+        """Takes over the model's weights: with --sync-every 1, the loop's optimizers have updated them."""
+        self.outer.flat.read(self.outer.weights)
         self.hash = self._hash()
 
     # Files for others
@@ -206,13 +218,16 @@ class SharedState:
 
     def serve_snapshot(self) -> None:
         """Writes the state as files and serves them, unless a snapshot is served that is nearly as new."""
-        if self._snapshot_round >= 0 and self.round - self._snapshot_round <= SNAPSHOT_ROUNDS:
+        age = self.round - self._snapshot_round
+        if self._snapshot_round >= 0 and age <= (0 if self.inner_optimizers else SNAPSHOT_ROUNDS):
             return
         target = self.folder / f"state-{self.round:08d}"
         disk.remove(disk.partial_path(target))
         disk.partial_path(target).mkdir(parents=True)
         tensors = {"weights": self.outer.weights, "momentum": self.outer.momentum}
         save_file(tensors, disk.partial_path(target) / "weights.safetensors")
+        if self.inner_optimizers:
+            save_file(optimizer_tensors(self.inner_optimizers), disk.partial_path(target) / "optimizer.safetensors")
         (disk.partial_path(target) / "state.json").write_bytes(to_json(self.describe()))
         disk.remove(target)
         disk.place(target)
@@ -227,6 +242,8 @@ class SharedState:
         with safe_open(folder / "weights.safetensors", framework="pt") as file:
             self.outer.weights.copy_(file.get_tensor("weights"))
             self.outer.momentum.copy_(file.get_tensor("momentum"))
+        if self.inner_optimizers:
+            load_states(load_file(folder / "optimizer.safetensors"), self.inner_optimizers)
         self.outer.error.zero_()
         self.outer.restore()
         return self.load(json.loads((folder / "state.json").read_bytes()))

@@ -6,6 +6,7 @@ is no authentication: like the process group, it trusts the network.
 """
 
 import json
+import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -84,7 +85,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"no such file")
             return
         size = files[words[1]]["bytes"]
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0] or 0)
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))
+        if not match:
+            self._send(400, b"expected Range: bytes=N-")
+            return
+        start = int(match[1])
         try:
             with open(folder / words[1], "rb") as file:
                 file.seek(start)

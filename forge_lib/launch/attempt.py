@@ -31,9 +31,11 @@ from forge_lib.launch.messages import Joined, ProcessFailed, Unavailable, print_
 from forge_lib.launch.port import check_port
 from forge_lib.launch.rendezvous import Rendezvous
 from forge_lib.launch.rendezvous_store import UnavailableError
+from forge_lib.peers_config import ElasticConfig
 from forge_lib.process import die_with_parent, shell_exit_code
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+ELASTIC_SCRIPT = SCRIPT.with_name("train_elastic.py")
 PORT_SECONDS = 10  # how long the previous attempt may still hold the port
 
 
@@ -87,11 +89,14 @@ def _launch(config: ForgeConfig, pipe: Connection) -> int:
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(config.grace_seconds) + 10)
     signal.signal(signal.SIGTERM, _stop_workers)
+    script, flags = SCRIPT, to_flags(config, TrainConfig)
+    if config.elastic:
+        script, flags = ELASTIC_SCRIPT, to_flags(config, ElasticConfig)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(_topology(config), file)
         file.flush()
         args = launch_command_parser().parse_args(
-            ["--config_file", file.name, "--rdzv_conf", "timeout=60", str(SCRIPT), *to_flags(config, TrainConfig)]
+            ["--config_file", file.name, "--rdzv_conf", "timeout=60", str(script), *flags]
         )
         args.signals_to_handle = "SIGQUIT"  # of torchrun; SIGTERM is handled above
         try:

@@ -2,18 +2,27 @@
 
 from dataclasses import dataclass, fields, replace
 
+from forge_lib.cluster.addresses import bracketed
 from forge_lib.cluster.cluster_file import Cluster, Machine
 from forge_lib.config import LaunchConfig, TrainConfig, flag_name
 from forge_lib.errors import UserError
+from forge_lib.peers_config import PeersConfig
 
 
 @dataclass(kw_only=True)
-class ForgeConfig(LaunchConfig, TrainConfig):
-    """All flags of the command: those of train.py, and the topology."""
+class ForgeConfig(LaunchConfig, PeersConfig, TrainConfig):
+    """All flags of the command: those of train.py and of train_elastic.py, and the topology."""
 
     def find_mistakes(self) -> list[str]:
         """Returns a line for each pair of values that do not go together."""
         mistakes = super().find_mistakes()
+        given = [each.name for each in fields(PeersConfig) if getattr(self, each.name) != each.default]
+        if given and not self.elastic:
+            mistakes.append(f"{', '.join(map(flag_name, given))}: only with --elastic")
+        if self.elastic and not self.cluster:
+            mistakes += self.find_peer_mistakes()
+        if self.elastic and self.num_nodes > 1:
+            mistakes.append("--num-nodes: with --elastic each machine is a peer of its own, and any number may come")
         if self.cluster:
             return mistakes
         if self.ssh or self.machine != "auto":
@@ -34,13 +43,20 @@ def place(config: ForgeConfig, cluster: Cluster, machine: Machine) -> ForgeConfi
     Raises:
         UserError: a flag contradicts the cluster.
     """
-    values = {
-        "num_nodes": len(cluster.machines),
-        "node_rank": machine.rank,
-        "processes_per_node": machine.processes,
-        "master_addr": cluster.address(cluster.main),
-        "master_port": cluster.port,
-    }
+    values = {"processes_per_node": machine.processes, "master_port": cluster.port}
+    if config.elastic:
+        values |= {
+            "lighthouse": f"http://{bracketed(cluster.address(cluster.lighthouse_machine))}:{cluster.lighthouse_port}",
+            "serve_lighthouse": machine is cluster.lighthouse_machine,
+            "peer_name": machine.name,
+            "peer_address": cluster.address(machine),
+        }
+    else:
+        values |= {
+            "num_nodes": len(cluster.machines),
+            "node_rank": machine.rank,
+            "master_addr": cluster.address(cluster.main),
+        }
     defaults = {field.name: field.default for field in fields(config)}
     given = [flag_name(name) for name, value in values.items() if getattr(config, name) not in (defaults[name], value)]
     if given:

@@ -18,7 +18,7 @@ def undisturbed(make_once, tmp_path_factory, home):
         folder = tmp_path_factory.mktemp("undisturbed")
         launcher = accelerate_launcher(folder, find_free_port(), num_processes=num_processes)
         words = [*launcher, "scripts/train.py", *FLAGS, "--max-steps", num_steps, "--output-dir", "OUTPUT"]
-        return make_once(f"undisturbed_{num_steps}_{num_processes}", words)
+        return make_once(f"undisturbed_{num_steps}_{num_processes}", words, warm=True)
 
     return undisturbed
 

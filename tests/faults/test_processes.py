@@ -77,7 +77,7 @@ def test_a_worker_that_receives_sigterm_makes_all_save_and_the_run_resumes_to_th
     assert verify(folder / "checkpoints" / f"step-{step:08d}") is None
     assert not (folder / "final").exists()
     until(lambda: not processes_with(word), 10, "no process remains")
-    ended = start(words).finish()
+    ended = start(words, warm=True).finish()
     assert ended.code == 0, ended.output
     assert f"resuming after step {step}" in ended.output
     final = undisturbed() / "final" / "model.safetensors"

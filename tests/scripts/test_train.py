@@ -99,16 +99,8 @@ def test_weights_do_not_change_under_a_checkpoint_that_is_being_copied(train, ru
     foreground, ended = train(*flags, "--no-checkpoint-async")
     assert ended.code == 0, ended.output
     faults = json.dumps([{"do": "sleep", "at": "copying", "seconds": 1}])
-    words = [
-        "env",
-        f"FAULTS={faults}",
-        sys.executable,
-        "tests/faults/faulty.py",
-        *flags,
-        "--output-dir",
-        tmp_path / "slow",
-    ]
-    ended = run(words)
+    words = [sys.executable, "tests/faults/faulty.py", *flags, "--output-dir", tmp_path / "slow"]
+    ended = run(words, warm=True, variables={"FAULTS": faults})
     assert ended.code == 0, ended.output
     for file in checkpoint.TENSOR_FILES:
         for step in ("step-00000002", "step-00000004"):
@@ -287,7 +279,7 @@ def test_a_background_save_is_reported_long_before_the_next_one(start, tmp_path)
     words = [sys.executable, "scripts/train.py", *FLAGS, "--max-steps", "150", "--checkpoint-every", "100"]
     faults = json.dumps([{"do": "sleep", "at": "computing", "step": 120, "seconds": 20}])
     words[1] = "tests/faults/faulty.py"
-    running = start([*words, "--output-dir", tmp_path / "run"], prefix=["env", f"FAULTS={faults}"])
+    running = start([*words, "--output-dir", tmp_path / "run"], warm=True, variables={"FAULTS": faults})
     wait_for_step(tmp_path / "run", 119)
     assert [row["step"] for row in rows(tmp_path / "run", "event")] == [100]
     running.kill()

@@ -24,10 +24,15 @@ class PeersConfig:
     peer_port: int = flag(29511, "this peer's first port; the next one is used too", "PORT", at_least=1, below=65535)
     min_peers: int = flag(1, "begin the first round when this many peers are there", "COUNT", at_least=1)
     sync_every: int = flag(
-        0, "steps between two exchanges; 0: 10 to 100, from the time that an exchange takes", "STEPS", at_least=0
+        0,
+        "steps of a peer between two exchanges; 0: 10 to 100, from the time of an exchange; 1: average each gradient",
+        "STEPS",
+        at_least=0,
     )
-    outer_compression: Literal["no", "fp16", "int8", "int4", "sparse"] = flag(
-        "int4", "how changes are sent: no (fp32), fp16, int8, int4 or sparse", "TYPE"
+    outer_compression: Literal["auto", "no", "fp16", "int8", "int4", "sparse"] = flag(
+        "auto",
+        "how changes are sent: no (fp32), fp16, int8, int4 or sparse; auto: int4, but no for --sync-every 1",
+        "TYPE",
     )
     outer_learning_rate: float = flag(
         0.0, "learning rate of the outer optimizer; 0: 0.7, or 1 for one peer and for sparse", "RATE", at_least=0
@@ -49,6 +54,27 @@ class PeersConfig:
         0.0, "a peer this much later than planned is not waited for; 0: a tenth of the round", "SECONDS", at_least=0
     )
 
+    def find_peer_mistakes(self) -> list[str]:
+        """Returns a line for each mistake in these flags that is more than the range of one."""
+        mistakes = []
+        if not self.lighthouse:
+            mistakes.append("--lighthouse is missing: the address of the lighthouse, as in http://alder:29510")
+        if self.serve_lighthouse and "," in self.lighthouse:
+            mistakes.append("--serve-lighthouse needs a --lighthouse with one address")
+        return mistakes
+
+    @property
+    def compression(self) -> str:
+        """How changes are sent; with `--sync-every 1`, gradients."""
+        if self.outer_compression == "auto":
+            return "no" if self.sync_every == 1 else "int4"
+        return self.outer_compression
+
+    @property
+    def name(self) -> str:
+        """The name of this peer."""
+        return self.peer_name or socket.gethostname()
+
 
 @dataclass(kw_only=True)
 class ElasticConfig(PeersConfig, TrainConfig):
@@ -56,18 +82,7 @@ class ElasticConfig(PeersConfig, TrainConfig):
 
     def find_mistakes(self) -> list[str]:
         """Returns a line for each pair of values that do not go together."""
-        mistakes = super().find_mistakes()
-        if not self.lighthouse:
-            mistakes.append("--lighthouse is missing: the address of the lighthouse, as in http://alder:29510")
-        if self.serve_lighthouse and "," in self.lighthouse:
-            mistakes.append("--serve-lighthouse needs a --lighthouse with one address")
-        if self.sync_every == 1:
-            mistakes.append("--sync-every 1 is not supported yet; use 2 or more, or scripts/train.py")
+        mistakes = super().find_mistakes() + self.find_peer_mistakes()
         if self.mixed_precision == "fp16":
             mistakes.append("train_elastic.py does not train with --mixed-precision fp16; use bf16 or no")
         return mistakes
-
-    @property
-    def name(self) -> str:
-        """The name of this peer."""
-        return self.peer_name or socket.gethostname()
