@@ -48,6 +48,7 @@ def main(config: ElasticConfig) -> Path:
         optimizers = build_optimizers(inputs.model, config)
         run.resume([*optimizers, rounds.build_outer()])  # opens the logs; loads the newest checkpoint, if any
         train(config, run, rounds, accelerator, inputs, optimizers)
+        rounds.finish()  # a peer that is late gets the complete run
         return run.finish()  # here, not in train(): DDP must be freed before its process group
 
 

@@ -98,6 +98,8 @@ class BatchPlan:
 
     def blocks(self, samples: np.ndarray) -> np.ndarray:
         """Returns the block index of each sample, int64; sample s is the s-th block of the endless sequence."""
+        if not len(samples):
+            return np.zeros(0, np.int64)
         epochs, positions = np.divmod(samples, self.num_blocks)
         keys = {epoch: (int(epoch) << 64) + self.seed % (1 << 64) for epoch in np.unique(epochs)}
         return np.concatenate(

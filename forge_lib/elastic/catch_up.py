@@ -56,14 +56,14 @@ def fetch_inputs(
         membership.leave()
         for source in sources:
             try:
-                _fetch_from(source, missing, config)
+                _fetch_from(source, missing, config, gives_up)
                 return
             except (GoneError, *NETWORK_ERRORS) as error:
                 logger.warning(f"{source.name} cannot be reached: {error}")
         time.sleep(RETRY_SECONDS)
 
 
-def _fetch_from(source: PeerFacts, missing: list[str], config: ElasticConfig) -> None:
+def _fetch_from(source: PeerFacts, missing: list[str], config: ElasticConfig, gives_up: Callable[[], bool]) -> None:
     served = fetch_facts(source)
     for name in missing:
         files = served["folders"].get(name)
@@ -78,7 +78,7 @@ def _fetch_from(source: PeerFacts, missing: list[str], config: ElasticConfig) ->
             target = received_folder(served["fingerprints"][name])
             setattr(config, name, str(target))
         if not target.exists():
-            download(source, name, files, target)
+            download(source, name, files, target, gives_up)
 
 
 def serve_inputs(config: ElasticConfig, shared: Shared, stores: dict[str, Path]) -> None:
@@ -99,7 +99,9 @@ def serve_inputs(config: ElasticConfig, shared: Shared, stores: dict[str, Path])
         shared.folders[name] = (folder, list_files(folder))
 
 
-def catch_up(state: SharedState, meeting: Meeting, ready: list[Member], folder: Path) -> bool:
+def catch_up(
+    state: SharedState, meeting: Meeting, ready: list[Member], folder: Path, gives_up: Callable[[], bool]
+) -> bool:
     """Brings this peer's state to that of the others: with the updates that it lacks, or else with all of it.
 
     Args:
@@ -107,6 +109,7 @@ def catch_up(state: SharedState, meeting: Meeting, ready: list[Member], folder: 
         meeting: holds what this peer has sent in a round that it did not see committed.
         ready: the peers with the newest state; the first of them serves it.
         folder: for the downloads.
+        gives_up: called now and then; once it returns true, a download ends.
 
     Returns:
         Whether what this peer had computed is in the state: the others had committed it.
@@ -116,9 +119,10 @@ def catch_up(state: SharedState, meeting: Meeting, ready: list[Member], folder: 
     for source in (member.facts for member in ready):
         try:
             served = _wait_for_update(source) if commits else fetch_facts(source)["folders"]
-            is_complete, is_in = _apply_updates(state, meeting, source, served.get(UPDATES, {}), folder)
-            if not is_complete and STATE in served:
-                _load_state(state, meeting, source, served[STATE], folder)
+            is_complete, is_in = _apply_updates(state, meeting, source, served.get(UPDATES, {}), folder, gives_up)
+            newest = max((name for name in served if name.startswith(STATE)), default="")
+            if not is_complete and newest:
+                _load_state(state, meeting, source, (newest, served[newest]), folder, gives_up)
                 return False
             if is_complete:
                 return is_in
@@ -140,7 +144,7 @@ def _wait_for_update(source: PeerFacts) -> dict:
 
 
 def _apply_updates(
-    state: SharedState, meeting: Meeting, source: PeerFacts, served: dict, folder: Path
+    state: SharedState, meeting: Meeting, source: PeerFacts, served: dict, folder: Path, gives_up: Callable[[], bool]
 ) -> tuple[bool, bool]:
     """Applies the updates of the rounds that this peer lacks, if the source has all of them.
 
@@ -151,9 +155,9 @@ def _apply_updates(
     names, is_in = [update_name(each) for each in range(state.round, newest)], False
     if not names or any(name not in served for name in names):
         return False, False
-    target = folder / "updates"
-    download(source, UPDATES, {name: served[name] for name in names}, target)
     for name in names:
+        target = folder / name.partition(".")[0]
+        download(source, UPDATES, {name: served[name]}, target, gives_up)
         try:
             commit, data, expected = state.read_update(target / name)
         except UPDATE_ERRORS as error:
@@ -165,13 +169,21 @@ def _apply_updates(
             logger.warning(f"the update of round {commit.round} does not fit this peer's state: it gets all of it")
             return False, is_in
         state.keep_update(commit, data, before)
-    disk.remove(target)
+        disk.remove(target)
     return True, is_in
 
 
-def _load_state(state: SharedState, meeting: Meeting, source: PeerFacts, files: dict, folder: Path) -> None:
-    target = folder / "state"
-    download(source, STATE, files, target)
+def _load_state(
+    state: SharedState,
+    meeting: Meeting,
+    source: PeerFacts,
+    served: tuple[str, dict],
+    folder: Path,
+    gives_up: Callable[[], bool],
+) -> None:
+    name, files = served
+    target = folder / name
+    download(source, name, files, target, gives_up)
     meeting.drop()
     is_right = state.load_snapshot(target)
     disk.remove(target)

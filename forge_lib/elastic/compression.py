@@ -59,7 +59,7 @@ class Half:
 
 @dataclass(frozen=True)
 class Integers:
-    """Rounds to integers of 8 or 4 bits; each block of 128 numbers has its own scale, the largest one, in fp16.
+    """Rounds to integers of 8 or 4 bits; each block of 128 numbers has its own scale, from the largest one, in bf16.
 
     The bytes are first the scales, then the integers; two integers of 4 bits share a byte.
     """
@@ -90,7 +90,7 @@ class Integers:
     def decode(self, data: torch.Tensor, count: int) -> torch.Tensor:
         """Returns the [count] fp32 values of [num_bytes] uint8."""
         blocks = -(-count // BLOCK)
-        scales, packed = data[: 2 * blocks].clone().view(torch.float16), data[2 * blocks :]
+        scales, packed = data[: 2 * blocks].clone().view(torch.bfloat16), data[2 * blocks :]
         if self.bits == 4:
             packed = packed.view(blocks, BLOCK // 2)
             integers = torch.stack([packed & 15, packed >> 4], dim=2).view(torch.int8).sub_(8)
@@ -125,7 +125,7 @@ class Sparse:
         """Returns the [count] fp32 values of [num_bytes] uint8."""
         chunks = -(-count // CHUNK)
         scales, places, integers = data.split([2 * chunks, 2 * TOP * chunks, TOP * chunks])
-        largest = _multiply(integers.view(torch.int8).reshape(chunks, TOP), scales.clone().view(torch.float16))
+        largest = _multiply(integers.view(torch.int8).reshape(chunks, TOP), scales.clone().view(torch.bfloat16))
         places = places.clone().view(torch.int16).reshape(chunks, TOP).long().clamp_(0, CHUNK - 1)
         values = torch.zeros(chunks, CHUNK).scatter_(1, places, largest.view(chunks, TOP))
         return values.view(-1)[:count]
@@ -147,14 +147,12 @@ def _padded(values: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _scales(blocks: torch.Tensor, largest: int) -> torch.Tensor:
-    """Returns the fp16 scale of each row, so that its largest number becomes the integer `largest`."""
-    limits = torch.finfo(torch.float16)
-    scales = blocks.abs().amax(dim=1) / largest
-    return scales.clamp_(max=limits.max).to(torch.float16)
+    """Returns the bf16 scale of each row, so that its largest number becomes the integer `largest`."""
+    return (blocks.abs().amax(dim=1) / largest).to(torch.bfloat16)
 
 
 def _divide(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Returns the rows divided by their scales; a row whose scale is 0 in fp16 becomes 0."""
+    """Returns the rows divided by their scales; a row of zeros stays one."""
     scales = scales.to(torch.float32)[:, None]
     return torch.where(scales > 0, blocks / scales, 0.0)
 

@@ -56,6 +56,7 @@ def download(
     name: str,
     files: Files,
     target: Path,
+    gives_up: Callable[[], bool],
     patience_seconds: float = PATIENCE_SECONDS,
     progress: Callable[[str], None] = lambda text: None,
 ) -> None:
@@ -69,11 +70,12 @@ def download(
         name: of the folder there.
         files: that it has.
         target: path of the new folder.
+        gives_up: called now and then; once it returns true, the download ends, and can be continued later.
         patience_seconds: how long it waits for an answer.
         progress: receives a text about the progress.
 
     Raises:
-        GoneError: the peer no longer serves the folder, or does not answer.
+        GoneError: the peer no longer serves the folder, or does not answer; or `gives_up` returned true.
         UserError: `files` is not valid, the disk is full or fails, or a hash is wrong three times.
     """
     what = f"{target.name} from {peer.name}"
@@ -86,14 +88,14 @@ def download(
         for each, part in parts.items():
             wrong, answered_at = 0, time.monotonic()
             while part.num_held < files[each]["bytes"]:
-                num_received = _receive(peer, name, each, part, files[each]["bytes"], meter)
+                num_received = _receive(peer, name, each, part, files[each]["bytes"], meter, gives_up)
                 if num_received:
                     answered_at = time.monotonic()
                 if num_received and not part.num_held:  # it was complete, but its hash was wrong
                     wrong += 1
                 if wrong == ROUNDS:
                     raise UserError(f"{what}: {each} arrived {ROUNDS} times with a wrong sha256")
-                if time.monotonic() - answered_at > patience_seconds:
+                if gives_up() or time.monotonic() - answered_at > patience_seconds:
                     raise GoneError(f"{peer.name} does not answer")
                 if not num_received:
                     time.sleep(RETRY_SECONDS)
@@ -101,7 +103,15 @@ def download(
     meter.end(f"received {what}")
 
 
-def _receive(peer: PeerFacts, folder: str, name: str, part: PartialFile, size: int, meter: ProgressMeter) -> int:
+def _receive(
+    peer: PeerFacts,
+    folder: str,
+    name: str,
+    part: PartialFile,
+    size: int,
+    meter: ProgressMeter,
+    gives_up: Callable[[], bool],
+) -> int:
     """Receives the rest of a file, in whole pieces, until it is complete or the connection breaks.
 
     Returns:
@@ -111,7 +121,7 @@ def _receive(peer: PeerFacts, folder: str, name: str, part: PartialFile, size: i
     request = urllib.request.Request(url_of(peer, folder, name), headers={"Range": f"bytes={start}-"})
     try:
         with urllib.request.urlopen(request, timeout=SOCKET_SECONDS) as response:
-            while at < size and (piece := _read_piece(response, min(PIECE_BYTES, size - at))):
+            while at < size and not gives_up() and (piece := _read_piece(response, min(PIECE_BYTES, size - at))):
                 part.write(at, np.frombuffer(piece, np.uint8))
                 meter.add(len(piece))
                 at += len(piece)

@@ -15,18 +15,39 @@ from forge_lib.elastic.shared_state import Commit, SharedState
 from forge_lib.peers_config import ElasticConfig
 
 FIRST_TIMEOUT_SECONDS = 120.0  # of a phase, before any exchange was measured
+FIRST_BYTES_PER_SECOND = 250_000  # 2 Mbit/s: before any exchange was measured, no link is slower than that
+MAX_DOUBLINGS = 6  # of the time limit, after failed exchanges
 TIMEOUT_FLOOR_SECONDS = 5.0
 TIMEOUT_FACTOR = 4  # times the slowest of the last exchanges
 CONNECT_SECONDS = 10.0
 
 
 def ready_members(members: list[Member]) -> list[Member]:
-    """Returns the members with the newest state, and the configuration of the first of them."""
+    """Returns the members with the newest state, among those with the configuration of the peers that train."""
     if not members:
         return []
-    newest = max(members, key=lambda each: (each.facts.round, each.facts.index >= 0, each.facts.tokens)).facts
-    same = (newest.round, newest.state_hash, newest.config)
-    return [each for each in members if (each.facts.round, each.facts.state_hash, each.facts.config) == same]
+
+    def age(member: Member) -> tuple:
+        return member.facts.round, member.facts.index >= 0, member.facts.tokens
+
+    trains = [member for member in members if member.facts.index >= 0]
+    config = max(trains or members, key=age).facts.config
+    alike = [member for member in members if member.facts.config == config]
+    newest = max(alike, key=age).facts
+    return [m for m in alike if (m.facts.round, m.facts.state_hash) == (newest.round, newest.state_hash)]
+
+
+def contributors_of(ready: list[Member]) -> list[Member]:
+    """Returns the members whose work of the round counts: all of it was planned together, so no sample is in it twice.
+
+    If several quorums have planned the same round (a peer was cut off and is back), the plan with the most work
+    counts.
+    """
+    work: dict[str, int] = {}
+    for member in ready:
+        work[member.facts.plan] = work.get(member.facts.plan, 0) + member.facts.tokens
+    plan = max(sorted(work), key=work.__getitem__)
+    return [member for member in ready if member.facts.plan == plan and member.facts.tokens]
 
 
 def to_ranges(samples: np.ndarray) -> list[list[int]]:
@@ -64,8 +85,9 @@ class Meeting:
     def describe(self, ready: list[Member]) -> Commit:
         """Returns the commit of a round: the same on all members, because it follows from what they said."""
         compression, batch_size = self._config.compression, self._config.batch_size
-        contributors = [member for member in ready if member.facts.tokens]
-        learning_rate, momentum = default_rates(len(contributors), compression)
+        contributors = contributors_of(ready)
+        num_peers = max(member.facts.group_size for member in contributors)
+        learning_rate, momentum = default_rates(num_peers, compression)
         if self._config.outer_learning_rate:
             learning_rate = self._config.outer_learning_rate
         if self._config.outer_momentum >= 0:
@@ -100,15 +122,14 @@ class Meeting:
         commit, outer = self.describe(ready), self._state.outer
         shards = self._state.shards(commit.compression, len(ready))
         if self._own in commit.contributors:
-            if self._change is None:
-                self._change = outer.change()
+            self._change = outer.change() if self._change is None else self._change
             if self._sent is None or self._sent[0] != len(ready):
                 self._sent = (len(ready), [shards.encode(self._change, index) for index in range(len(ready))])
-        weights = [member.facts.tokens / commit.num_targets for member in ready]
+        weights = [m.facts.tokens / commit.num_targets if m.id in commit.contributors else 0.0 for m in ready]
         result = self._average(ready, commit, self._sent[1] if self._sent else [], weights)
         self._group.close()
         self._apply(commit, result.data)
-        return Exchanged(commit, self._seconds_since(start), result.num_bytes), result.data
+        return Exchanged(commit, self._seconds_since(start, ready), result.num_bytes), result.data
 
     def sum_gradients(self, ready: list[Member], samples: np.ndarray) -> tuple[Exchanged, torch.Tensor]:
         """Adds up the gradients of the members: `--sync-every 1`. Call on all of them.
@@ -137,21 +158,22 @@ class Meeting:
         sent = [shards.encode(gradient, index) for index in range(len(ready))]
         weights = [float(member.id in contributors) for member in ready]
         result = self._average(ready, commit, sent, weights)
-        if not shards.codec.is_exact and self._own in contributors:
+        if not shards.codec.is_exact and self._own in contributors and torch.isfinite(gradient).all():
             outer.keep_error(gradient, sent, shards, self._decay(commit))
         total = torch.empty(outer.flat.total)
         for index, data in enumerate(result.data):
             shards.decode_into(total, data, index)
-        return Exchanged(commit, self._seconds_since(start), result.num_bytes), total
+        return Exchanged(commit, self._seconds_since(start, ready), result.num_bytes), total
 
     def _average(
         self, ready: list[Member], commit: Commit, sent: list[torch.Tensor], weights: list[float]
     ) -> averaging.Result:
         """Connects the members and averages their vectors; RuntimeError if not all of them have the same result."""
-        shards, timeout = self._state.shards(commit.compression, len(ready)), self._timeout(ready)
+        shards = self._state.shards(commit.compression, len(ready))
+        timeout = self._timeout(ready, sum(map(shards.num_bytes, range(len(ready)))))
         attempt = repr([(member.id, member.facts.failures) for member in ready]).encode()
         name = f"{commit.round}/{xxhash.xxh3_64_hexdigest(attempt)}"  # of a group that was never there before
-        self._group.connect(ready, self._own, name, max(timeout, CONNECT_SECONDS))
+        self._group.connect(ready, self._own, name, CONNECT_SECONDS)
         place = (self._group.rank, len(ready))
         error = torch.zeros(sum(each.stop - each.start for each in shards.ranges(self._group.rank)))
         if self._owner_error and self._owner_error[0] == place and not shards.codec.is_exact:
@@ -163,9 +185,15 @@ class Meeting:
         self._owner_error = (place, result.owner_error.mul_(self._decay(commit)))
         return result
 
-    def _seconds_since(self, start: float) -> float:
+    def is_finite(self) -> bool:
+        """Returns whether this peer's change of the round can be sent: all its numbers are finite."""
+        self._change = self._state.outer.change() if self._change is None else self._change
+        return bool(torch.isfinite(self._change).all())
+
+    def _seconds_since(self, start: float, ready: list[Member]) -> float:
         seconds = time.monotonic() - start
-        self._slowest = max(seconds, 0.8 * self._slowest)
+        if len(ready) > 1:  # nothing is sent by one peer alone
+            self._slowest = max(seconds, 0.8 * self._slowest)
         return seconds
 
     @staticmethod
@@ -194,8 +222,12 @@ class Meeting:
         self._change = self._sent = None
         self._state.apply(commit, data)
 
-    def _timeout(self, ready: list[Member]) -> float:
+    def _timeout(self, ready: list[Member], num_bytes: int) -> float:
+        """Returns the time limit of a phase: from the slowest of the last exchanges, and twice as long per failure."""
         if self._config.exchange_timeout_seconds:
             return self._config.exchange_timeout_seconds
-        slowest = max(self._slowest, *(member.facts.exchange_seconds for member in ready))
-        return max(TIMEOUT_FLOOR_SECONDS, TIMEOUT_FACTOR * slowest) if slowest else FIRST_TIMEOUT_SECONDS
+        slowest = max([self._slowest, *(member.facts.exchange_seconds for member in ready)])
+        seconds = max(TIMEOUT_FLOOR_SECONDS, TIMEOUT_FACTOR * slowest)
+        if not slowest:
+            seconds = max(FIRST_TIMEOUT_SECONDS, num_bytes / FIRST_BYTES_PER_SECOND)
+        return seconds * 2 ** min(MAX_DOUBLINGS, max(member.facts.failures for member in ready))

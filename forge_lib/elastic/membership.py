@@ -1,8 +1,9 @@
 """Which peers take part in a round: the only file that touches torchft.
 
 torchft's lighthouse knows which peers are alive from their heartbeats. A peer that has finished its round asks it for
-a quorum; the answer comes when every living peer has asked, and lists what each of them said about itself. Then those
-that can exchange form a process group, which lasts until the exchange is over or has failed.
+a quorum; the answer comes when every living peer has asked, or all those of the last quorum, and lists what each of
+them said about itself. Then those that can exchange form a process group, which lasts until the exchange is over or
+has failed.
 
 Of torchft this uses the lighthouse, its client and the process group that can be configured again. Its Manager is not
 used: its heartbeats cannot pause, so that the others would wait for a late peer; its votes do not reach beyond one
@@ -28,7 +29,7 @@ import torch.distributed as dist
 
 from forge_lib.cluster.addresses import bracketed
 from forge_lib.elastic.peer_facts import Member, PeerFacts
-from forge_lib.errors import UserError, first_line
+from forge_lib.errors import UserError, exit_code, first_line
 from forge_lib.process import die_with_parent
 
 logger = logging.getLogger("forge")
@@ -36,7 +37,7 @@ logger = logging.getLogger("forge")
 HEARTBEAT_SECONDS = 0.5
 HEARTBEAT_TIMEOUT_SECONDS = 3.0  # a peer without a heartbeat for this time is lost
 QUORUM_TICK_SECONDS = 0.05
-REQUEST_SECONDS = 20.0  # a request for a quorum is repeated after this time
+REQUEST_SECONDS = 5.0  # a request for a quorum is repeated after this time
 CONNECT_SECONDS = 2.0
 STATUS_SECONDS = 30.0  # between two lines about what a peer waits for
 JOIN_SECONDS = 7 * 24 * 3600  # a living peer is waited for, however long its round is: a late one stops its heartbeats
@@ -174,7 +175,7 @@ class Membership:
     def _note_failure(self, error: Exception, begun: float, noted: float) -> float:
         """Handles a request that was not answered; returns when the last line about it was logged."""
         now = time.monotonic()
-        is_lost = not _is_timeout(error)
+        is_lost = not (isinstance(error, TimeoutError) and self._beat())
         if is_lost:
             self._client = None
             time.sleep(HEARTBEAT_SECONDS)
@@ -190,13 +191,22 @@ class Membership:
 
     def _send_heartbeats(self) -> None:
         while not self._ends.wait(HEARTBEAT_SECONDS):
-            client = self._client
-            if client and self._beats.is_set() and time.monotonic() < self._until:
-                with contextlib.suppress(RuntimeError, TimeoutError):  # `quorum` notices a lost lighthouse
-                    client.heartbeat(self.id, timedelta(seconds=CONNECT_SECONDS))
-            elif not client and self._beats.is_set() and self._lost_at == 0.0:
+            if not self._beats.is_set() or time.monotonic() > self._until:
+                continue
+            if not self._client:
                 with contextlib.suppress(RuntimeError, TimeoutError):
                     self._connect()
+            elif not self._beat():  # the next request waits until all peers have found the new lighthouse
+                self._client, self._lost_at = None, self._lost_at or time.monotonic()
+
+    def _beat(self) -> bool:
+        """Sends a heartbeat; returns whether the lighthouse has answered."""
+        client = self._client
+        try:
+            client.heartbeat(self.id, timedelta(seconds=CONNECT_SECONDS))
+        except (RuntimeError, TimeoutError, AttributeError):  # the other thread may just have lost it
+            return False
+        return True
 
 
 class PeerGroup:
@@ -214,7 +224,7 @@ class PeerGroup:
         try:
             self._store = dist.TCPStore(address, port, is_master=True, wait_for_workers=False)
         except dist.DistError as error:
-            raise UserError(f"--peer-port {port} cannot be used: {first_line(error)}; name another one") from None
+            raise UserError(f"{address}, --peer-port {port}, cannot be used: {first_line(error)}") from None
         self.rank = self.size = 0
         self._group: Any = None
         self._ids: list[str] = []
@@ -259,10 +269,6 @@ class PeerGroup:
             self._group = None
 
 
-def _is_timeout(error: Exception) -> bool:
-    return isinstance(error, TimeoutError) or "deadline" in str(error).lower() or "timeout" in str(error).lower()
-
-
 def _import_torchft() -> Any:
     os.environ.setdefault("OTEL_SDK_DISABLED", "true")  # torchft sets up telemetry and a logger when it is imported
     os.environ.setdefault("RUST_LOG", "error")
@@ -279,6 +285,20 @@ def _import_torchft_group() -> Any:
     return ProcessGroupGloo
 
 
-if __name__ == "__main__":  # a child of train_elastic.py --serve-lighthouse or of p2p-llm-forge --elastic
-    die_with_parent(signal.SIGTERM)
-    serve_lighthouse(int(sys.argv[1]))
+def main(words: list[str]) -> None:
+    """Serves a lighthouse: `python -m forge_lib.elastic.membership 29510`; exits with 2 after a user mistake."""
+    try:
+        if not words or not words[0].isdigit():
+            raise UserError(
+                "expected the port of the lighthouse, as in `python -m forge_lib.elastic.membership 29510`"
+            )
+        if "--with-parent" in words:
+            die_with_parent(signal.SIGTERM)
+        serve_lighthouse(int(words[0]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_code(error))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -46,7 +46,7 @@ class OuterOptimizer(CheckpointedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copies a checkpoint's tensors into the vectors; the model's parameters are already loaded."""
         for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
-            for key, tensor in state_dict["state"][index].items():
+            for key, tensor in state_dict["state"].get(index, {}).items():  # none in a checkpoint of train.py
                 self.state[parameter][key].copy_(tensor)
         self.flat.read(self.weights)
 

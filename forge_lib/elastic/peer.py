@@ -3,21 +3,21 @@
 Only the main process of a peer has a Peer.
 """
 
-import contextlib
 import dataclasses
 import logging
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
-from forge_lib.distributed.network import interface_of, route_address
+from forge_lib.checkpoints.format import describe_error
+from forge_lib.distributed.network import interface_of
 from forge_lib.elastic.catch_up import catch_up
+from forge_lib.elastic.connecting import own_address, running_lighthouse
 from forge_lib.elastic.meeting import Exchanged, Meeting, ready_members
 from forge_lib.elastic.membership import Membership, PeerGroup, split_address
 from forge_lib.elastic.pace import LATE, plan_round
@@ -30,7 +30,9 @@ from forge_lib.peers_config import ElasticConfig
 
 logger = logging.getLogger("forge")
 
+RESTART_SECONDS = 30.0  # how long a peer that starts again waits for those of the last round
 STATUS_SECONDS = 30.0  # between two lines about missing peers
+LINGER_SECONDS = 20.0  # how long a complete peer waits for one that was there and is late
 RETRY_SECONDS = 0.5  # between two quorums while too few peers are there
 
 
@@ -39,7 +41,8 @@ class Peer:
 
     Args:
         config: every flag.
-        report: called with (event, facts) for the log: peer_joined, peer_lost, healed, exchange_failed.
+        report: called with (event, facts) for the log: peer_joined, peer_lost, healed, exchange_failed and others.
+        is_asked_to_stop: returns whether this peer is asked to stop.
 
     Attributes:
         state: shared with the others; None before `own_state`.
@@ -51,11 +54,11 @@ class Peer:
     _meeting: Meeting
     _fixed: dict
 
-    def __init__(self, config: ElasticConfig, report: Callable[..., None]):
-        self.config, self._report = config, report
+    def __init__(self, config: ElasticConfig, report: Callable[..., None], is_asked_to_stop: Callable[[], bool]):
+        self.config, self._report, self._gives_up = config, report, is_asked_to_stop
         self.shared, self.state = Shared(), None
         self.step_seconds = self._exchange_seconds = 0.0
-        self._failures = 0
+        self._failures, self._started_at = 0, time.monotonic()
         self._noted_at = -STATUS_SECONDS  # when the last line about missing peers was logged
         self._present: dict[str, str] = {}  # name by identifier, at the last quorum
         self._contexts = ExitStack()
@@ -67,12 +70,9 @@ class Peer:
         with ExitStack() as contexts:
             if config.serve_lighthouse:
                 contexts.enter_context(running_lighthouse(port))
-            try:
-                self.address = config.peer_address or route_address(host, port)
-            except OSError as error:
-                reason = f"{host}: {error.strerror}"
-                raise UserError(f"--lighthouse {urls[0]}: this machine has no route to {reason}") from None
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(self.address))
+            self.address = own_address(config.peer_address, host, port)
+            if interface := interface_of(self.address):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             self._group = PeerGroup(self.address, config.peer_port)
             contexts.callback(self._group.close)
             contexts.enter_context(StateServer(self.address, config.peer_port + 1, self.shared))
@@ -100,6 +100,7 @@ class Peer:
             state_hash=self.state.hash,
             index=work.index,
             group_size=work.group_size,
+            plan=work.plan,
             steps=work.steps,
             tokens=work.targets,
             loss=work.loss,
@@ -109,6 +110,7 @@ class Peer:
             busy_seconds=work.busy_seconds,
             failures=self._failures,
             is_complete=self.state.ledger.is_complete,
+            wanted=self._num_wanted(),
             config=self._fixed,
             **more,
         )
@@ -124,6 +126,10 @@ class Peer:
             UserError: this peer's flags or data differ from those of the peers that train.
         """
         exchanges, lost, changed = [], 0, False
+        if work.targets and self.config.sync_every != 1 and not self._meeting.is_finite():
+            logger.warning("this peer's weights are not finite: what it has computed in this round is dropped")
+            self._report("not_finite", where=f"the weights of {self.config.name}")
+            lost, work = self.drop(work), Work()
         while True:
             members = self.membership.quorum(self.facts(work), gives_up)
             if members is None:
@@ -146,24 +152,35 @@ class Peer:
                     continue
                 exchanges.append((exchanged, ready))
                 changed = True
-            elif self._is_waiting_for_more(ready):
+                if work.targets and self.membership.id not in exchanged.commit.contributors:
+                    lost += work.targets  # another plan of this round has more work
+            if len(ready) < len(members) and ready[0].id == self.membership.id:
+                self._keep(self.state.serve_snapshot)
+            if not computed and self._is_waiting_for_more(ready):
                 time.sleep(RETRY_SECONDS)
                 continue
-            if len(ready) < len(members) and ready[0].id == self.membership.id:
-                self.state.serve_snapshot()
             if self.config.sync_every == 1 and len(ready) < len(members):
                 time.sleep(RETRY_SECONDS)  # all wait until the others have the state, too
                 continue
             return Met(self.plan(ready), exchanges, lost, changed)
 
     def _is_waiting_for_more(self, ready: list[Member]) -> bool:
-        """Returns whether nobody trains yet, and --min-peers waits for more."""
-        if any(member.facts.index >= 0 for member in ready) or len(ready) >= self.config.min_peers:
+        """Returns whether nobody trains yet, and all that are there wait for more."""
+        wanted = min(member.facts.wanted for member in ready)
+        if any(member.facts.index >= 0 for member in ready) or len(ready) >= wanted:
             return False
         if time.monotonic() - self._noted_at > STATUS_SECONDS:
             self._noted_at = time.monotonic()
-            logger.info(f"{len(ready)} of --min-peers {self.config.min_peers} peers are there")
+            logger.info(f"{len(ready)} of {wanted} peers are there; waiting for the others")
         return True
+
+    def _num_wanted(self) -> int:
+        """Returns how many peers should be there before a round begins that nobody has begun yet.
+
+        After a restart these are the peers of the last round, for a while: one of them may have a newer state.
+        """
+        is_patient = time.monotonic() - self._started_at < RESTART_SECONDS
+        return max(self.config.min_peers, self.state.num_contributors if is_patient else 1)
 
     def sum_gradients(self, work: Work, gives_up: Callable[[], bool]) -> Summed | None:
         """Adds up the gradients of all peers of a step, and commits its samples: `--sync-every 1`.
@@ -176,7 +193,7 @@ class Peer:
             None if a peer of the step is lost, or this one is asked to stop: the step is not committed.
         """
         members = self.membership.quorum(self.facts(work), gives_up)
-        group = [member for member in ready_members(members or []) if member.facts.index >= 0]
+        group = [member for member in ready_members(members or []) if member.facts.plan == work.plan]
         if self.membership.id not in [member.id for member in group] or len(group) < work.group_size:
             return None
         self._note(members)
@@ -185,27 +202,41 @@ class Peer:
         except RuntimeError as error:
             self._note_failure(error)
             return None
-        self._failures, self._exchange_seconds = 0, exchanged.seconds
+        self._exchanged(exchanged, group)
         self.state.commit(exchanged.commit)
         return Summed(exchanged, total, group, is_alone=len(group) == len(members))
 
     def plan(self, ready: list[Member]) -> Work:
         """Returns this peer's work in the round that begins; the same call on the others gives them theirs."""
-        index = [member.id for member in ready].index(self.membership.id)
+        ids = [member.id for member in ready]
+        index, plan = ids.index(self.membership.id), f"{self.state.round} {' '.join(ids)}"
         facts, batch_size = [member.facts for member in ready], self.config.batch_size
         if self.state.ledger.is_complete:
-            return Work(index, len(ready))
+            return Work(index, len(ready), plan)
         if self.config.sync_every == 1:
             seconds = [each.step_seconds for each in facts]
             speeds = [1 / each for each in seconds] if all(seconds) else [1.0] * len(seconds)
             parts = self.state.ledger.divide(batch_size, speeds)
             todo = [parts[index]] if len(parts[index]) else []
-            return Work(index, len(ready), todo, np.concatenate(parts), num_planned=1)
+            return Work(index, len(ready), plan, todo, np.concatenate(parts), num_planned=1)
         exchange_seconds = max([self._exchange_seconds, *(each.exchange_seconds for each in facts)])
         pace = plan_round([each.step_seconds for each in facts], exchange_seconds, self.config.sync_every)
         samples = self.state.ledger.samples_of(index, len(ready), pace.steps[index], batch_size)
         todo = [each for each in samples if len(each)]
-        return Work(index, len(ready), todo, None, pace.seconds, sum(pace.steps))
+        return Work(index, len(ready), plan, todo, None, pace.seconds, sum(pace.steps))
+
+    def linger(self) -> None:
+        """Serves a complete run until all living peers have it; waits for a late one, but not for long."""
+        until = 0.0
+        while members := self.membership.quorum(self.facts(Work()), self._gives_up):
+            late = [member for member in members if not member.facts.is_complete]
+            if late:
+                until = time.monotonic() + LINGER_SECONDS
+                self._keep(self.state.serve_snapshot)
+            elif time.monotonic() > until:
+                break
+            time.sleep(RETRY_SECONDS)
+        self.leave()
 
     def drop(self, work: Work) -> int:
         """Drops what this peer has computed in the round; returns the predicted tokens that are lost."""
@@ -232,9 +263,22 @@ class Peer:
         except RuntimeError as error:
             self._note_failure(error)
             return None
-        self._failures, self._exchange_seconds = 0, exchanged.seconds
-        self.state.keep_update(exchanged.commit, data, before)
+        self._exchanged(exchanged, ready)
+        self._keep(lambda: self.state.keep_update(exchanged.commit, data, before))
         return exchanged
+
+    def _exchanged(self, exchanged: Exchanged, members: list[Member]) -> None:
+        self._failures = 0
+        if len(members) > 1:  # one peer alone sends nothing
+            self._exchange_seconds = exchanged.seconds
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        """Writes files for others; a disk that is full is no reason to stop training."""
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            logger.warning(f"the files for other peers cannot be written: {describe_error(error)}; the run continues")
+            self._report("not_shared", error=describe_error(error))
 
     def _note_failure(self, error: RuntimeError) -> None:
         self._failures += 1
@@ -249,7 +293,8 @@ class Peer:
             self.leave()  # they do not wait meanwhile
         logger.info(f"catching up from round {before} to round {source.round} with {source.name}")
         had_work = bool(work.steps)
-        contributed = catch_up(self.state, self._meeting, ready, self.state.folder.with_name("incoming"))
+        folder = self.state.folder.with_name("incoming")
+        contributed = catch_up(self.state, self._meeting, ready, folder, self._gives_up)
         lost = 0 if contributed or not had_work else work.targets
         if self.state.hash == source.state_hash or self.state.round > before:
             self._report("healed", round=self.state.round, from_round=before, source=source.name, tokens_lost=lost)
@@ -274,16 +319,3 @@ class Peer:
                 logger.warning(f"peer {name} is gone")
                 self._report("peer_lost", peer=name)
         self._present = now
-
-
-@contextlib.contextmanager
-def running_lighthouse(port: int) -> Iterator[None]:
-    """Runs the lighthouse in a child process; it ends with this process."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "forge_lib.elastic.membership", str(port)], start_new_session=True
-    )
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait()

@@ -15,12 +15,14 @@ class PeerFacts:
         state_hash: of that state.
         index, group_size: its place among the peers that began this round together, and their number; -1 and 0: it
             came later, and has computed nothing.
+        plan: identifies the quorum that planned its work of this round; empty: it has none.
         steps, tokens: steps and predicted tokens that it has computed in this round.
         loss: sum over its targets in this round, in nats.
         step_seconds, exchange_seconds: of a step and of the last exchange; 0: not known.
         compute_seconds, busy_seconds: of this round: in steps, and from its begin to this request.
         failures: exchanges of this round that have failed.
         is_complete: whether its run is complete.
+        wanted: how many peers it wants to be there before a round begins that nobody has begun yet.
         sums: of its part of an evaluation; empty: none.
         config: the flags that must be equal, and the fingerprints of model and data.
     """
@@ -33,6 +35,7 @@ class PeerFacts:
     state_hash: str = ""
     index: int = -1
     group_size: int = 0
+    plan: str = ""
     steps: int = 0
     tokens: int = 0
     loss: float = 0.0
@@ -42,6 +45,7 @@ class PeerFacts:
     busy_seconds: float = 0.0
     failures: int = 0
     is_complete: bool = False
+    wanted: int = 1
     sums: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
 

@@ -35,10 +35,11 @@ from forge_lib.training.run import Run
 logger = logging.getLogger("forge")
 
 FIXED_FLAGS = (  # equal on all peers, like the data, the model and the tokenizer
-    "batch_size", "sequence_length", "max_steps", "epochs", "seed", "optimizer", "learning_rate", "lr_scheduler",
-    "warmup_steps", "weight_decay", "mask_documents", "eval_fraction", "lora_rank", "sync_every", "outer_compression",
-    "outer_learning_rate", "outer_momentum",
+    "batch_size", "sequence_length", "mask_documents", "max_steps", "epochs", "seed", "eval_fraction", "eval_every",
+    "optimizer", "learning_rate", "lr_scheduler", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm",
+    "dropout", "lora_rank", "lora_alpha", "sync_every", "compression", "outer_learning_rate", "outer_momentum",
 )  # fmt: skip
+FIXED_INPUTS = ("data", "model_config", "tokenizer", "initial_weights")
 WARM_UP_STEPS = 16  # of a peer that joins later: its inner optimizer begins without moments
 SPEED_MEMORY = 0.7  # weight of the earlier steps in the measured seconds per step
 
@@ -49,13 +50,14 @@ class Decision:
 
     Attributes:
         work: of the next round; None if there is none.
-        step: completed steps of all peers.
+        step, since: completed steps of all peers, now and before the last commit.
         is_complete: whether the run is complete.
         changed: whether the weights have changed.
     """
 
     work: Work | None
     step: int
+    since: int
     is_complete: bool
     changed: bool
 
@@ -77,7 +79,7 @@ class Rounds:
     def __init__(self, config: ElasticConfig, run: Run):
         self.config, self.run = config, run
         self._contexts = ExitStack()
-        self._peer = Peer(config, self._report) if run.world.process_index == 0 else None
+        self._peer = Peer(config, self._report, self._is_asked_to_stop) if run.world.process_index == 0 else None
         self._work = Work()
         self._is_complete = False
         self._local_steps = self._num_met = 0
@@ -120,7 +122,8 @@ class Rounds:
                 keeps_checkpoints=self.config.checkpoint_every > 0,
             )
             fixed = {name: getattr(self.config, name) for name in FIXED_FLAGS}
-            fixed |= {name: inputs.identity[name] for name in ("data", "model_config", "tokenizer")}
+            fixed |= {name: inputs.identity[name] for name in FIXED_INPUTS}
+            fixed["held-out data"] = inputs.eval_store.fingerprint
             self._peer.own_state(state, fixed)
             stores = {"dataset_path": inputs.store.folder}
             if self.config.eval_dataset_path:
@@ -151,6 +154,8 @@ class Rounds:
                 self._peer.state.inner_optimizers = optimizers
             if saved and not self._peer.state.load(saved):
                 raise UserError("the checkpoint's shared state does not have its hash: remove this checkpoint")
+            if not saved and self.run.step:
+                self._peer.state.start_after(self.run.inputs.plan.num_samples(self.run.step))
             self._peer.state.replay()
         copy_weights(self.run.accelerator, self.outer.flat.parameters)
         self._meet()
@@ -247,6 +252,8 @@ class Rounds:
                 rate = self._schedule(min(self.run.step, self.run.inputs.plan.num_steps - 1))
                 self._log.round_done(self._peer, summed.exchanged, summed.group, work, rate, self.run.step)
             self._work = self._peer.plan(summed.group)
+        else:
+            self._log.lost(work.targets)
         if self.run.stopped_by:
             self._peer.leave()
         elif not summed or not (summed.is_alone or self._is_complete):
@@ -256,6 +263,12 @@ class Rounds:
     def evaluate(self, model: nn.Module) -> None:
         """Evaluates the shared weights on the held-out blocks, divided among the peers that are present."""
         evaluate_parts(self.run, model, self._peer, self._work)
+
+    def finish(self) -> None:
+        """Waits until the other peers have the complete run, too: a late one gets it from this peer."""
+        if self._peer and self._is_complete:
+            self._peer.linger()
+        self.run.peers.barrier("peers, complete")
 
     # Rounds
 
@@ -271,7 +284,7 @@ class Rounds:
         done, self._work = self._work, decision.work or Work()
         self._is_complete = decision.is_complete
         if decision.step != self.run.step:
-            self.run.advance(decision.step)
+            self.run.advance(decision.step, decision.since)
         if self._peer:
             self.run.extra_state["elastic"] = self._peer.state.describe()
             if self.run.must_save():
@@ -288,7 +301,13 @@ class Rounds:
     def _decide(self, met: Met) -> Decision:
         ledger, plan = self._peer.state.ledger, self.run.inputs.plan
         step = plan.num_steps if ledger.is_complete else ledger.num_committed // self.config.batch_size
-        return Decision(met.work, step, ledger.is_complete, met.changed or met.lost_targets > 0)
+        since = step  # nothing is due for a peer that has only taken over the state of others
+        if met.exchanges:
+            last = met.exchanges[-1][0].commit
+            since = (
+                ledger.num_committed - sum(stop - start for start, stop in last.samples)
+            ) // self.config.batch_size
+        return Decision(met.work, step, since, ledger.is_complete, met.changed or met.lost_targets > 0)
 
     def _step_number(self) -> int:
         work = self._work
@@ -310,9 +329,9 @@ class Rounds:
         """Returns whether this peer should stop now: unless its round ends soon, and its work can still be used."""
         if not self._is_asked_to_stop():
             return False
-        work = self._work
+        work, grace = self._work, self.config.grace_seconds / 4
         remaining = work.planned_seconds - work.busy_seconds
-        return not work.steps or not work.planned_seconds or not -5 < remaining < self.config.grace_seconds / 4
+        return not work.steps or not work.planned_seconds or not -grace < remaining < grace
 
     def _report(self, event: str, **facts: Any) -> None:
         self.run.log.write(step=self.run.step, event=event, **facts)

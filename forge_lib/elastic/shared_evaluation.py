@@ -28,15 +28,20 @@ def evaluate_parts(run: Run, model: nn.Module, peer: Peer | None, work: Work) ->
 
     dataset, count = run.inputs.eval_dataset, max(1, work.group_size)
     sums: dict[int, list[float]] = {}
-    todo = [max(0, work.index)]
+    todo, num_met = [max(0, work.index)], 0
     with run.pause("evaluating"):
         while True:
             for part in todo:
                 blocks = Subset(dataset, range(part, len(dataset), count))
                 sums[part] = evaluation_totals(run, model, blocks, f"part {part}") if len(blocks) else [0.0] * 3
-            todo = tell_all(run.accelerator, _meet(run, peer, work, sums, count) if peer else None)
-            if todo is None:
+            todo = _meet(run, peer, work, sums, count) if peer else None
+            num_met += 1
+            run.peers.barrier(f"evaluation/{run.step}/{num_met}")  # the main process may wait long for other peers
+            todo = tell_all(run.accelerator, todo)
+            if not todo:
                 break
+        if todo is None:
+            return
         rows = tell_all(run.accelerator, [sums[part] for part in sorted(sums)])
         results = compute_metrics(np.array(rows), run.inputs.eval_tokens_per_byte)
     results["eval_loss"] = results.pop("loss")
@@ -44,19 +49,21 @@ def evaluate_parts(run: Run, model: nn.Module, peer: Peer | None, work: Work) ->
 
 
 def _meet(run: Run, peer: Peer, work: Work, sums: dict[int, list[float]], count: int) -> list[int] | None:
-    """Collects the sums of the other peers; returns the parts that this one has to add, or None if there are all."""
+    """Collects the sums of the other peers.
+
+    Returns:
+        The parts that this peer has to add, none if there are all; or None: it is asked to stop.
+    """
     if count == 1:
-        return None
+        return []
     told = {"round": peer.state.round, "parts": {str(part): each for part, each in sums.items()}}
     facts = peer.facts(Work(work.index, work.group_size), sums=told)
     members = peer.membership.quorum(facts, lambda: bool(run.stop_request.reason()))
-    if members is None:  # this peer is leaving: it evaluates what it knows
-        return [part for part in range(count) if part not in sums] or None
+    if members is None:
+        return None
     present = [each for each in ready_members(members) if each.facts.sums.get("round") == peer.state.round]
     for each in present:
         sums.update({int(part): values for part, values in each.facts.sums["parts"].items()})
     missing = [part for part in range(count) if part not in sums]
-    if not missing:
-        return None
     ids = [each.id for each in present]
     return missing[ids.index(peer.membership.id) :: len(ids)] if peer.membership.id in ids else missing

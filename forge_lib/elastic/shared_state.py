@@ -34,7 +34,7 @@ logger = logging.getLogger("forge")
 
 KEPT_UPDATES = 32  # rounds whose updates are kept at least
 SNAPSHOT_ROUNDS = 16  # a snapshot that is not older than this is completed with updates instead of a new one
-STATE, UPDATES = "state", "updates"  # names of the folders that are served
+STATE, UPDATES = "state", "updates"  # names of the folders that are served; STATE is followed by the round
 UPDATE_ERRORS = (ValueError, KeyError, TypeError, SafetensorError)  # of a file that is not the expected update
 
 
@@ -81,13 +81,14 @@ class SharedState:
         inner_optimizers: with --sync-every 1, the loop's optimizers, whose state the peers share too.
         round: rounds that it contains.
         num_targets: that were predicted in them.
+        num_contributors: peers whose changes are in the last one.
         hash: equal on two peers if their states are.
     """
 
     def __init__(
         self, outer: OuterOptimizer, ledger: Ledger, folder: Path, shared: Shared, keeps_checkpoints: bool = True
     ):
-        self.outer, self.ledger, self.round, self.num_targets = outer, ledger, 0, 0
+        self.outer, self.ledger, self.round, self.num_targets, self.num_contributors = outer, ledger, 0, 0, 0
         self.folder, self._shared = folder, shared
         self.inner_optimizers: list[torch.optim.Optimizer] = []
         self._snapshot_round = -1
@@ -103,6 +104,7 @@ class SharedState:
         return {
             "round": self.round,
             "num_targets": self.num_targets,
+            "num_contributors": self.num_contributors,
             "ledger": self.ledger.to_json(),
             "hash": self.hash,
         }
@@ -110,6 +112,7 @@ class SharedState:
     def load(self, description: dict) -> bool:
         """Takes over what `describe` returned, once the vectors are loaded; returns whether the hash is right."""
         self.round, self.num_targets = description["round"], description["num_targets"]
+        self.num_contributors = description["num_contributors"]
         saved = description["ledger"]
         self.ledger.first_open, self.ledger.committed = saved["first_open"], saved["committed"]
         self.hash = self._hash()
@@ -141,7 +144,13 @@ class SharedState:
         """Records the samples of a committed round. With --sync-every 1, `updated` follows after the update."""
         self.ledger.commit(np.concatenate([np.arange(*each) for each in commit.samples] or [np.arange(0)]).tolist())
         self.num_targets += commit.num_targets
+        self.num_contributors = len(commit.contributors)
         self.round = commit.round + 1
+
+    def start_after(self, num_samples: int) -> None:
+        """Takes the model as it is, after that many samples: a run that train.py has begun."""
+        self.ledger.first_open = num_samples
+        self.hash = self._hash()
 
     def updated(self) -> None:
         """Takes over the model's weights: with --sync-every 1, the loop's optimizers have updated them."""
@@ -164,6 +173,7 @@ class SharedState:
         save_file({"data": torch.cat(data)}, disk.partial_path(path), metadata)
         disk.flush(disk.partial_path(path))
         disk.partial_path(path).replace(path)
+        disk.flush(folder)
         needed = self._kept_since if self._keeps_checkpoints else commit.round
         oldest = update_name(max(0, min(needed, commit.round - KEPT_UPDATES + 1)))
         _, known = self._shared.folders.get(UPDATES, (folder, {}))
@@ -209,6 +219,7 @@ class SharedState:
                     f"{path} gives another state than when it was written: remove {folder}, and start again"
                 )
         if self.round > first:
+            self.outer.error.zero_()  # what it had left out was sent in these rounds
             logger.info(f"applied the updates of rounds {first + 1} to {self.round} to the checkpoint")
         if folder.exists():
             for path in [*folder.glob("*.safetensors")]:
@@ -221,7 +232,7 @@ class SharedState:
         age = self.round - self._snapshot_round
         if self._snapshot_round >= 0 and age <= (0 if self.inner_optimizers else SNAPSHOT_ROUNDS):
             return
-        target = self.folder / f"state-{self.round:08d}"
+        target = self.folder / f"{STATE}-{self.round:08d}"
         disk.remove(disk.partial_path(target))
         disk.partial_path(target).mkdir(parents=True)
         tensors = {"weights": self.outer.weights, "momentum": self.outer.momentum}
@@ -232,9 +243,10 @@ class SharedState:
         disk.remove(target)
         disk.place(target)
         before, self._snapshot_round = self._snapshot_round, self.round
-        self._shared.folders[STATE] = (target, list_files(target))
-        for old in self.folder.glob("state-*"):
-            if old != target and old.name != f"state-{before:08d}":
+        self._shared.folders[target.name] = (target, list_files(target))
+        for old in self.folder.glob(f"{STATE}-*"):
+            if old.name not in (target.name, f"{STATE}-{before:08d}"):  # a download of the last one may go on
+                self._shared.folders.pop(old.name, None)
                 disk.remove(old)
 
     def load_snapshot(self, folder: Path) -> bool:

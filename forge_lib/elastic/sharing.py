@@ -58,7 +58,7 @@ class StateServer:
         try:
             self._server = family((address, port), handler)
         except OSError as error:
-            raise UserError(f"--peer-port: port {port} cannot be used: {error.strerror}; name another one") from None
+            raise UserError(f"{address}, port {port} (--peer-port + 1), cannot be used: {error.strerror}") from None
         self._server.daemon_threads = True
 
     def __enter__(self) -> "StateServer":

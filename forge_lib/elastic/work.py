@@ -16,6 +16,7 @@ class Work:
 
     Attributes:
         index, group_size: its place among the peers of the round, and their number; -1 and 0 before its first round.
+        plan: identifies the quorum that planned it.
         todo: the samples of each step that it computes; none of them is empty.
         batch: with --sync-every 1, the samples of all peers in the step; else None.
         planned_seconds: that the steps of the round should take; 0: not known.
@@ -26,6 +27,7 @@ class Work:
 
     index: int = -1
     group_size: int = 0
+    plan: str = ""
     todo: list[np.ndarray] = field(default_factory=list)
     batch: np.ndarray | None = None
     planned_seconds: float = 0.0

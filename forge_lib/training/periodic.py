@@ -15,9 +15,9 @@ class Periodic:
     def __init__(self, step: int, num_steps: int):
         self.has_begun, self._step, self._previous, self._num_steps = False, step, step, num_steps
 
-    def advance(self, step: int) -> None:
-        """Sets the number of completed steps; what became due since the last call is then due."""
-        self.has_begun, self._previous, self._step = True, self._step, step
+    def advance(self, step: int, since: int | None = None) -> None:
+        """Sets the number of completed steps; what became due since step `since`, or the last call, is then due."""
+        self.has_begun, self._previous, self._step = True, self._step if since is None else since, step
 
     def is_due(self, every: int) -> bool:
         """Returns whether work is due that is done every `every` steps, or never for 0.

@@ -275,14 +275,10 @@ class Run:
         if self.must_save() or self._periodic.is_due(self.config.check_replicas_every):
             self._check_replicas()
 
-    def advance(self, step: int) -> None:
-        """Sets the number of completed steps; periodic work that became due since the last call is then due.
-
-        Args:
-            step: not lower than before.
-        """
+    def advance(self, step: int, since: int | None = None) -> None:
+        """Sets the number of completed steps; the work that became due since another one, or the last call, is due."""
         is_first = not self._periodic.has_begun
-        self._periodic.advance(step)
+        self._periodic.advance(step, since)
         self._set_step(step)
         self._saving.report()  # the background saves that have ended
         if is_first:

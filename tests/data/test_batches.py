@@ -81,3 +81,9 @@ def test_micro_batches_divide_the_batch_in_order_and_mark_the_last(size, expecte
     assert are_last == (*[False] * (len(expected) - 1), True)
     for name, tensor in batch.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
+
+
+def test_samples_have_the_blocks_of_their_steps_and_no_samples_have_none():
+    plan = BatchPlan(num_blocks=7, batch_size=3, num_steps=9, seed=1)
+    assert np.array_equal(plan.blocks(np.arange(27)), np.concatenate([blocks for _, blocks in plan.batches(0)]))
+    assert plan.blocks(np.arange(0)).dtype == np.int64 and len(plan.blocks(np.arange(0))) == 0

@@ -18,16 +18,17 @@ def final(folder) -> str:
 
 
 def test_two_peers_train_one_model_on_each_sample_once(peers, tmp_path):
-    """Also an evaluation that they divide: both log the same numbers."""
-    both = peers("--min-peers", 2, "--eval-fraction", "0.02", "--eval-every", 50, "--sync-every", 10)
+    """Also an evaluation that they divide; in the last round there is a batch for one of them only."""
+    flags = ["--min-peers", 2, "--eval-fraction", "0.02", "--eval-every", 50, "--sync-every", 10]
+    both = peers(*flags, "--max-steps", 121)
     both.start("alder", "--serve-lighthouse")
     both.start("birch")
     both.finish("alder", "birch")
-    assert both.check() == list(range(120 * 8))
+    assert both.check() == list(range(121 * 8))
     evaluations = rows(tmp_path / "alder", "eval_loss")
     assert evaluations == rows(tmp_path / "birch", "eval_loss") and len(evaluations) >= 3
     first, last = both.rounds("alder")[0], both.rounds("alder")[-1]
-    assert (last["step"], last["tokens"]) == (120, 120 * 8 * 64)
+    assert (last["step"], last["tokens"]) == (121, 121 * 8 * 64)
     assert first["loss"] - last["loss"] > 0.5
     assert final(tmp_path / "alder") == final(tmp_path / "birch")
 

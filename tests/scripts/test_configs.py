@@ -31,7 +31,7 @@ def test_a_yaml_for_several_machines_trains_on_both(start, tmp_path, free_port, 
     for rank in (0, 1):
         words = [*LAUNCH, CONFIGS / f"{name}.yaml", "--machine_rank", rank]
         words += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port, "scripts/train.py", *FLAGS]
-        running.append(start([*words, "--output-dir", tmp_path / str(rank)]))
+        running.append(start([*words, "--output-dir", tmp_path / str(rank)], warm=True))
     ended = [each.finish() for each in running]
     assert [each.code for each in ended] == [0, 0], ended[0].output + ended[1].output
     assert rows(tmp_path / "0")[-1]["num_processes"] == 2

@@ -1,0 +1,237 @@
+"""Compares the loss of averaging every H steps with that of one global batch, at equal tokens.
+
+    python tests/elastic/compare_losses.py --output artifacts/losses.json
+
+Peers are simulated in one process, one after the other, with the code that real peers run: ledger, codecs, exchange
+(in memory), outer optimizer. The model is the bundled one, the text too; held-out loss after the same number of
+tokens. The baseline is one model with the global batch of all peers. Prints a table with the mean over the seeds.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import statistics
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT)]
+
+from forge_lib.data.batches import BatchPlan, read_batch  # noqa: E402
+from forge_lib.elastic import averaging  # noqa: E402
+from forge_lib.elastic.compression import CODECS  # noqa: E402
+from forge_lib.elastic.flat import FlatParameters, Shards  # noqa: E402
+from forge_lib.elastic.ledger import Ledger  # noqa: E402
+from forge_lib.elastic.outer import SPARSE_ERROR_DECAY, OuterOptimizer, default_rates  # noqa: E402
+from forge_lib.flags import parse_config  # noqa: E402
+from forge_lib.models.loading import load_model, load_tokenizer  # noqa: E402
+from forge_lib.models.loss import evaluation_sums, loss_sum  # noqa: E402
+from forge_lib.models.optimizers import build_optimizers, learning_rate_schedule, set_learning_rate  # noqa: E402
+from forge_lib.peers_config import ElasticConfig  # noqa: E402
+from forge_lib.training.inputs import make_datasets, prepare_store  # noqa: E402
+
+FLAGS = ["--model-name", "data/tiny_gpt2", "--dataset-path", "data/sample_corpus.txt", "--sample-by", "paragraph"]
+FLAGS += ["--eval-fraction", "0.05", "--output-dir", "unused", "--lighthouse", "http://unused:1"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: its peers, the steps of a round (0: the baseline, one model with the batch of all), and how it
+    sends."""
+
+    num_peers: int
+    sync_every: int
+    compression: str
+    optimizer: str
+    seed: int
+    outer: tuple[float, float] | None = None  # learning rate and momentum; None: the defaults
+
+
+class Mailbox:
+    """The messages between simulated peers."""
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple, Queue] = {}
+        self._lock = threading.Lock()
+
+    def queue(self, *key: Any) -> Queue:
+        """Returns the queue of (sender, receiver, tag)."""
+        with self._lock:
+            return self._queues.setdefault(key, Queue())
+
+
+class MemoryGroup:
+    """A PeerGroup whose messages stay in memory."""
+
+    def __init__(self, mailbox: Mailbox, rank: int, size: int):
+        self._mailbox, self.rank, self.size = mailbox, rank, size
+
+    def send(self, tensor: torch.Tensor, rank: int, tag: int) -> "MemoryGroup":
+        """Puts a copy of a tensor into the queue."""
+        self._mailbox.queue(self.rank, rank, tag).put(tensor.clone())
+        return self
+
+    def receive(self, tensor: torch.Tensor, rank: int, tag: int) -> "_Receiving":
+        """Begins to receive a tensor."""
+        return _Receiving(self._mailbox.queue(rank, self.rank, tag), tensor)
+
+    def wait(self, timeout: Any) -> None:
+        """Returns at once: a copy was sent."""
+
+
+@dataclass
+class _Receiving:
+    queue: Queue
+    tensor: torch.Tensor
+
+    def wait(self, timeout: Any) -> None:
+        self.tensor.copy_(self.queue.get(timeout=timeout.total_seconds()))
+
+
+class SimulatedPeer:
+    """A model with its optimizers."""
+
+    def __init__(self, config: ElasticConfig, model: torch.nn.Module):
+        self.model = model
+        self.optimizers = build_optimizers(model, config)
+        self.outer = OuterOptimizer(FlatParameters(model))
+        self.owner_error: torch.Tensor | None = None
+
+    def train(self, config: ElasticConfig, dataset, blocks: np.ndarray, rate: float) -> None:
+        """Makes one step."""
+        set_learning_rate(self.optimizers, rate)
+        loss_sum(self.model, read_batch(dataset, blocks.tolist())).div(dataset.num_targets(blocks)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def exchange(peers: list[SimulatedPeer], case: Case) -> None:
+    """Averages the changes of all peers, and applies the result to each."""
+    flat, mailbox, results = peers[0].outer.flat, Mailbox(), [None] * len(peers)
+    shards = Shards(flat.num_matrix, flat.num_vector, len(peers), CODECS[case.compression])
+    changes = [peer.outer.change() for peer in peers]
+    sent = [[shards.encode(change, index) for index in range(len(peers))] for change in changes]
+
+    def run(rank: int) -> None:
+        error = peers[rank].owner_error
+        if error is None or shards.codec.is_exact:
+            error = torch.zeros(sum(each.stop - each.start for each in shards.ranges(rank)))
+        weights = [1 / len(peers)] * len(peers)
+        group = MemoryGroup(mailbox, rank, len(peers))
+        results[rank] = averaging.average(group, shards, sent[rank], weights, error, 600)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(peers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    update = torch.empty(flat.total)
+    for index, data in enumerate(results[0].data):
+        shards.decode_into(update, data, index)
+    decay = SPARSE_ERROR_DECAY if case.compression == "sparse" else 1.0
+    for rank, peer in enumerate(peers):
+        if not shards.codec.is_exact:
+            peer.outer.keep_error(changes[rank], sent[rank], shards, decay)
+        peer.owner_error = results[rank].owner_error.mul_(decay)
+        peer.outer.step(update, *(case.outer or default_rates(len(peers), case.compression)))
+
+
+def run_case(case: Case, steps: int, batch_size: int, sequence_length: int, rate: float) -> float:
+    """Returns the held-out loss after `steps` steps of each peer."""
+    torch.set_num_threads(1)
+    flags = ["--sequence-length", str(sequence_length), "--seed", str(case.seed), "--optimizer", case.optimizer]
+    flags += ["--learning-rate", str(rate), "--warmup-steps", str(steps * case.num_peers // 20)]
+    config = parse_config(ElasticConfig, [*FLAGS, *flags])
+    tokenizer = load_tokenizer(config)
+    store = prepare_store(config, tokenizer)
+    dataset, held_out = make_datasets(config, store, store)
+    torch.manual_seed(case.seed)
+    model = load_model(config, len(tokenizer), sequence_length)
+    total = steps * case.num_peers
+    plan = BatchPlan(len(dataset), batch_size, total, case.seed)
+    schedule = learning_rate_schedule(config, total)
+    if not case.sync_every:
+        peer = SimulatedPeer(config, model)
+        for step in range(steps):
+            samples = np.arange(step, step + 1)[:, None] * batch_size * case.num_peers
+            samples = (samples + np.arange(batch_size * case.num_peers)).ravel()
+            peer.train(config, dataset, plan.blocks(samples), schedule(step * case.num_peers))
+        return held_out_loss(peer.model, held_out)
+    peers = [SimulatedPeer(config, copy.deepcopy(model)) for _ in range(case.num_peers)]
+    ledger = Ledger(plan.num_samples(total))
+    done = 0
+    while not ledger.is_complete:
+        count = min(case.sync_every, steps - done)
+        parts = [ledger.samples_of(index, len(peers), count, batch_size) for index in range(len(peers))]
+        for peer, part in zip(peers, parts, strict=True):
+            for step, samples in enumerate(part):
+                peer.train(config, dataset, plan.blocks(samples), schedule((done + step) * case.num_peers))
+        exchange(peers, case)
+        ledger.commit(np.concatenate([samples for part in parts for samples in part]).tolist())
+        done += count
+    return held_out_loss(peers[0].model, held_out)
+
+
+@torch.no_grad()
+def held_out_loss(model: torch.nn.Module, dataset) -> float:
+    """Returns the mean loss over all held-out targets, in nats."""
+    model.eval()
+    loss, count = 0.0, 0
+    for start in range(0, len(dataset), 32):
+        batch = read_batch(dataset, list(range(start, min(start + 32, len(dataset)))))
+        batch_loss, batch_count, _ = evaluation_sums(model, batch)
+        loss, count = loss + batch_loss, count + batch_count
+    return loss / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file with the losses")
+    parser.add_argument("--peers", type=int, nargs="*", default=[2, 4])
+    parser.add_argument("--sync-every", type=int, nargs="*", default=[0, 10, 20, 50])
+    parser.add_argument("--compressions", nargs="*", default=["no", "int8", "int4", "sparse"])
+    parser.add_argument("--optimizers", nargs="*", default=["adamw", "muon"])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1000, help="of each peer")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences of a step of one peer")
+    parser.add_argument("--sequence-length", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--outer", type=float, nargs=2, help="outer learning rate and momentum; default: the program's"
+    )
+    args = parser.parse_args()
+    outer = tuple(args.outer) if args.outer else None
+    cases = [
+        Case(peers, every, compression, optimizer, seed, outer)
+        for optimizer, peers, every, compression, seed in itertools.product(
+            args.optimizers, args.peers, args.sync_every, args.compressions, args.seeds
+        )
+        if every or compression == args.compressions[0]
+    ]
+    found: dict[str, list[float]] = {}
+    shape = (args.steps, args.batch_size, args.sequence_length, args.learning_rate)
+    with ProcessPoolExecutor(2) as pool:
+        for case, loss in zip(cases, pool.map(run_case, cases, *map(itertools.repeat, shape)), strict=True):
+            how = f"H = {case.sync_every}, {case.compression}" if case.sync_every else "one global batch"
+            name = f"{case.optimizer}, {case.num_peers} peers, {how}"
+            found.setdefault(name, []).append(loss)
+            print(name, case.seed, f"{loss:.4f}", flush=True)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(found, indent=1))
+    for name, losses in found.items():
+        print(f"| {name} | {statistics.mean(losses):.4f} | {' '.join(f'{loss:.4f}' for loss in losses)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What follows from what the peers say: whose state is the newest, and whose work of a round counts."""
+
+import dataclasses
+
+from forge_lib.elastic.meeting import contributors_of, ready_members
+from forge_lib.elastic.peer_facts import Member, PeerFacts
+
+
+def member(name: str, **facts) -> Member:
+    return Member(name, PeerFacts(name, "10.77.0.1", 1, 2, **{"config": {"seed": 0}, "state_hash": "x", **facts}))
+
+
+def names(members: list[Member]) -> list[str]:
+    return [each.id for each in members]
+
+
+def test_the_newest_state_wins_and_peers_with_another_one_are_not_ready():
+    members = [member("a", round=3), member("b", round=5), member("c", round=5, state_hash="y"), member("d")]
+    assert names(ready_members(members)) == ["b"]
+    members[2] = member("c", round=5, state_hash="y", index=0, tokens=10)
+    assert names(ready_members(members)) == ["c"], "a peer that trains, rather than one that has come"
+
+
+def test_a_peer_of_another_run_does_not_count_however_far_it_is():
+    members = [member("a", round=3, index=0, tokens=5), member("b", round=99, config={"seed": 1})]
+    assert names(ready_members(members)) == ["a"]
+    assert names(ready_members(members[1:])) == ["b"]
+
+
+def test_work_that_was_planned_twice_counts_once():
+    """a and b had planned a round; c was there when they were cut off, and has planned the same samples alone."""
+    two = [member(name, round=3, index=i, plan="a b", tokens=10) for i, name in enumerate("ab")]
+    other = member("c", round=3, index=0, plan="c", tokens=15)
+    joiner = member("d", round=3)
+    assert names(contributors_of([*two, other, joiner])) == ["a", "b"]
+    assert names(contributors_of([two[0], other, joiner])) == ["c"]
+
+
+def test_facts_of_another_version_are_not_taken_for_those_of_a_peer():
+    facts = dataclasses.asdict(member("a", round=1, loss=2).facts)
+    assert PeerFacts.from_json(facts) == PeerFacts(**facts)
+    for wrong in (facts | {"round": "1"}, facts | {"more": 1}, {"round": 1}, {}):
+        assert PeerFacts.from_json(wrong) is None
