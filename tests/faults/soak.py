@@ -10,6 +10,7 @@ each. The same seed draws the same faults. Logs and checkpoints stay in runs/soa
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -105,8 +106,9 @@ class Soak:
         self.off.add(n)
         folder = str(self.rig.run_folder(n))
         for process in processes_with(self.rig.word):
-            if any(folder in word for word in process.cmdline()):
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+                if any(folder in word for word in process.cmdline()):
+                    process.kill()
         if n in self.machines:
             self.machines.pop(n).kill()
         self.wait(self.random.uniform(1, 10))
