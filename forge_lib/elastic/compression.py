@@ -5,6 +5,7 @@ what `decode` returns: every peer decodes the same bytes to the same bits, becau
 on the CPU, without Triton, for models that train on a GPU too.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import torch
 BLOCK = 128  # numbers that share a scale, in int8 and int4
 CHUNK = 4096  # numbers of which sparse keeps the TOP largest: SparseLoCo, arXiv 2508.15706
 TOP = 64
+PIECE = 8192  # blocks that are encoded at a time: what is computed between them stays in the processor's cache
 
 
 class Fp32:
@@ -79,24 +81,35 @@ class Integers:
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """Returns [num_bytes] uint8 for [n] fp32 values."""
-        blocks = _padded(values, BLOCK)
-        scales = _scales(blocks, self.largest)
-        integers = _divide(blocks, scales).round_().clamp_(-self.largest, self.largest).to(torch.int8)
-        if self.bits == 4:
-            integers = (integers + 8).view(torch.uint8)
-            integers = integers[:, 0::2] | integers[:, 1::2] << 4
-        return torch.cat([scales.view(torch.uint8), integers.reshape(-1).view(torch.uint8)])
+        data = torch.empty(self.num_bytes(len(values)), dtype=torch.uint8)
+        scales, packed = self._parts(data, len(values))
+        for rows in _pieces(len(scales)):
+            blocks = _padded(values[rows.start * BLOCK : rows.stop * BLOCK], BLOCK)
+            scales[rows] = _scales(blocks, self.largest)
+            integers = _divide(blocks, scales[rows]).round_().clamp_(-self.largest, self.largest).to(torch.int8)
+            if self.bits == 4:
+                pairs = integers.add_(8).view(torch.int16)  # little endian: the first one is in the lower byte
+                packed[rows] = (pairs & 0x0F | pairs >> 4).to(torch.uint8)
+            else:
+                packed[rows] = integers.view(torch.uint8)
+        return data
 
     def decode(self, data: torch.Tensor, count: int) -> torch.Tensor:
         """Returns the [count] fp32 values of [num_bytes] uint8."""
+        scales, packed = self._parts(data.clone() if data.storage_offset() % 2 else data, count)
+        values = torch.empty(len(scales), BLOCK)
+        for rows in _pieces(len(scales)):
+            integers = packed[rows].view(torch.int8)
+            if self.bits == 4:
+                pairs = packed[rows].to(torch.int16)
+                integers = (pairs & 0x0F | (pairs & 0xF0) << 4).view(torch.int8).sub_(8)
+            torch.mul(integers, scales[rows].to(torch.float32)[:, None], out=values[rows])
+        return values.view(-1)[:count]
+
+    def _parts(self, data: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the scales [blocks] bf16 and the packed integers [blocks, bytes] of a message, without a copy."""
         blocks = -(-count // BLOCK)
-        scales, packed = data[: 2 * blocks].clone().view(torch.bfloat16), data[2 * blocks :]
-        if self.bits == 4:
-            packed = packed.view(blocks, BLOCK // 2)
-            integers = torch.stack([packed & 15, packed >> 4], dim=2).view(torch.int8).sub_(8)
-        else:
-            integers = packed.view(torch.int8)
-        return _multiply(integers.reshape(blocks, BLOCK), scales)[:count]
+        return data[: 2 * blocks].view(torch.bfloat16), data[2 * blocks :].view(blocks, BLOCK * self.bits // 8)
 
 
 class Sparse:
@@ -146,15 +159,22 @@ def _padded(values: torch.Tensor, size: int) -> torch.Tensor:
     return torch.nn.functional.pad(values, (0, -len(values) % size)).view(-(-len(values) // size), size)
 
 
+def _pieces(count: int) -> Iterator[slice]:
+    """Yields ranges of up to PIECE of `count` rows."""
+    for start in range(0, count, PIECE):
+        yield slice(start, min(start + PIECE, count))
+
+
 def _scales(blocks: torch.Tensor, largest: int) -> torch.Tensor:
     """Returns the bf16 scale of each row, so that its largest number becomes the integer `largest`."""
-    return (blocks.abs().amax(dim=1) / largest).to(torch.bfloat16)
+    low, high = torch.aminmax(blocks, dim=1)
+    return (torch.maximum(-low, high) / largest).to(torch.bfloat16)
 
 
 def _divide(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Returns the rows divided by their scales; a row of zeros stays one."""
-    scales = scales.to(torch.float32)[:, None]
-    return torch.where(scales > 0, blocks / scales, 0.0)
+    factors = scales.to(torch.float32).reciprocal().nan_to_num_(posinf=0.0)
+    return blocks * factors[:, None]
 
 
 def _multiply(integers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

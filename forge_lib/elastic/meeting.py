@@ -1,5 +1,6 @@
 """The end of a round: which peers meet, whose changes are averaged, and whether all of them have the same result."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -188,7 +189,7 @@ class Meeting:
     def is_finite(self) -> bool:
         """Returns whether this peer's change of the round can be sent: all its numbers are finite."""
         self._change = self._state.outer.change() if self._change is None else self._change
-        return bool(torch.isfinite(self._change).all())
+        return math.isfinite(torch.linalg.vector_norm(self._change, math.inf).item())
 
     def _seconds_since(self, start: float, ready: list[Member]) -> float:
         seconds = time.monotonic() - start

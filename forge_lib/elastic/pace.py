@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 FIRST_STEPS = 2  # of a peer whose speed is not known yet
 MIN_STEPS, MAX_STEPS = 10, 100  # of --sync-every, if it is derived
-EXCHANGE_SHARE = 1 / 14  # of a round, with a derived --sync-every: peers compute more than nine tenths of the time
+EXCHANGE_SHARE = 1 / 25  # of a round, with a derived --sync-every: peers compute 95 % of the time
 LATE = 1.1  # a peer that has not arrived after this multiple of the round's seconds is late
 
 
