@@ -6,6 +6,8 @@ from typing import Literal
 
 from forge_lib.config import TrainConfig, flag
 
+PEER_PORT = 29511
+
 
 @dataclass(kw_only=True)
 class PeersConfig:
@@ -21,7 +23,9 @@ class PeersConfig:
     peer_address: str = flag(
         "", "IP address at which the others reach this peer; empty: on the route to the lighthouse", "ADDRESS"
     )
-    peer_port: int = flag(29511, "this peer's first port; the next one is used too", "PORT", at_least=1, below=65535)
+    peer_port: int = flag(
+        PEER_PORT, "this peer's first port; the next one is used too", "PORT", at_least=1, below=65535
+    )
     min_peers: int = flag(1, "begin the first round when this many peers are there", "COUNT", at_least=1)
     sync_every: int = flag(
         0,

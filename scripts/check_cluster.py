@@ -34,6 +34,7 @@ from forge_lib.check.report import Report, describe
 from forge_lib.check.training_speed import ModelSpeeds, join_speeds, measure_model
 from forge_lib.check.workers import Workers, measure_all_reduce
 from forge_lib.cluster.cluster_file import Cluster, Machine, find_machine, read_cluster
+from forge_lib.cluster.ports import used_ports
 from forge_lib.config import RangeChecked, TrainConfig, flag
 from forge_lib.data.batches import divide_batch
 from forge_lib.distributed.agreement import Agreement, agree
@@ -67,7 +68,7 @@ class ClusterConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """The run to forecast; the flags are those of scripts/train.py, except --sync-every."""
+    """The run to forecast; the flags are those of scripts/train.py; --sync-every is that of train_elastic.py."""
 
     _argument_group_name = "forecast"
 
@@ -80,7 +81,9 @@ class RunConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = flag(
         "auto", "auto, no, bf16 or fp16; auto: as in cluster.yaml", "TYPE"
     )
-    sync_every: int = flag(20, "also forecast a run that averages parameters only every N steps", "STEPS", at_least=1)
+    sync_every: int = flag(
+        0, "steps of a round of train_elastic.py; 0: derived from the time of an exchange", "STEPS", at_least=0
+    )
 
 
 @dataclass(kw_only=True)
@@ -93,7 +96,7 @@ def main(config: CheckConfig) -> bool:
     cluster = read_cluster(Path(config.cluster).expanduser())
     own = find_machine(cluster, config.machine)
     run = make_run(config, cluster)
-    report = Report(cluster.name, own.name)
+    report = Report(cluster.name, own.name, ports=used_ports(cluster))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:

@@ -8,7 +8,10 @@ backward pass takes B_r. The gradient has S bytes, in buckets of b_i bytes:
     bucket sent     e_i  = max(e_(i-1), r_i) + t(b_i)                            one bucket after the other
     DDP             step = max(max C_r, e_last) + optimizer
     DDP in fp16     the same with half the bytes, and two more passes over the gradient in memory
-    every H steps   step = max C_r + optimizer + t(S) / H                        parameters are sent, all at once
+    train_elastic   step = 1 / sum of b_r / (C_r + optimizer) + t(Q) / H        a round of H steps, Q bytes at its end
+
+In train_elastic.py nobody waits for the slowest process: each one makes as many steps as it can in a round. Q is the
+size of all parameters in int4. Each process counts as a peer of its own, with its share b_r of the batch.
 
 Sources: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009; Li et al.,
 "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020; Douillard et al., "DiLoCo", 2023. The
@@ -18,6 +21,8 @@ model ignores other traffic, other programs, and the processor time that sending
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from forge_lib.elastic.pace import plan_round
 
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20  # of DDP
 
@@ -134,11 +139,24 @@ def forecast_ddp(
 def forecast_every(
     speeds: list[Speed], shares: list[int], micro_batch_size: int, network: Network, num_bytes: int, every: int
 ) -> Step:
-    """Forecasts a step if the processes average their parameters, of `num_bytes`, only after every `every` steps."""
-    gradients = [speed.gradient_seconds(share, micro_batch_size) for speed, share in zip(speeds, shares, strict=True)]
-    optimizer = max(speed.optimizer for speed in speeds)
-    slowest = max(seconds for seconds, _ in gradients)
-    return _step(gradients, optimizer, slowest, network.all_reduce_seconds(num_bytes, len(speeds)) / every)
+    """Forecasts the time in which the peers of scripts/train_elastic.py train a batch together.
+
+    Args:
+        speeds: of the peers.
+        shares: sequences of one step of each peer; their sum is the batch.
+        micro_batch_size: sequences per forward pass.
+        network: between the peers.
+        num_bytes: of all parameters, as they are sent after a round.
+        every: --sync-every, the steps of a round; 0: derived, as train_elastic.py does.
+    """
+    seconds = [
+        speed.gradient_seconds(share, micro_batch_size)[0] + speed.optimizer
+        for speed, share in zip(speeds, shares, strict=True)
+    ]
+    compute = sum(shares) / sum(share / each for share, each in zip(shares, seconds, strict=True))
+    exchange = network.all_reduce_seconds(num_bytes, len(speeds))
+    sync = exchange * compute / plan_round(seconds, exchange, every).seconds
+    return Step(compute + sync, compute, 0.0, sync)
 
 
 def _step(gradients: list[tuple[float, float]], optimizer: float, slowest: float, sync: float) -> Step:

@@ -14,10 +14,13 @@ from forge_lib.check.forecast import (
     mean_speed,
 )
 from forge_lib.config import TrainConfig
+from forge_lib.elastic.compression import CODECS
 
 NUMBERS_OF_MACHINES = (2, 4, 8, 16, 32, 64)
 GAIN = 1.1  # a flag is recommended if it makes a step faster by this factor
 NETWORK_FRACTION = 0.2  # a note is added if the network takes a larger part of a step
+ELASTIC_GAIN = 1.5  # a note recommends train_elastic.py if it is faster by this factor
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Estimate(Step):
 
 @dataclass(frozen=True)
 class Estimates:
-    """One step with gradients in fp32, with gradients in fp16, and with averaging every H steps."""
+    """One step of train.py with gradients in fp32, with gradients in fp16, and one of train_elastic.py."""
 
     ddp: Estimate
     ddp_fp16: Estimate
@@ -43,7 +46,7 @@ class Forecast:
     Attributes:
         here: for the machines of the cluster, with the given flags.
         such_machines: by number of machines like these; None if the batch is too small for that many.
-        sync_every: steps between two averagings.
+        sync_every: --sync-every of train_elastic.py; 0: derived.
         flags: recommended flags of scripts/train.py.
         with_flags: for the machines of the cluster with these flags.
         notes: sentences for the user.
@@ -64,8 +67,8 @@ class Workload:
     Attributes:
         run: gives the batch and its sequences.
         network: between the processes.
-        parameter_bytes: bytes of each trainable parameter, in the model's order.
-        sync_every: steps between two averagings.
+        parameter_bytes: bytes of each trainable parameter in fp32, in the model's order.
+        sync_every: --sync-every of train_elastic.py; 0: derived.
     """
 
     run: TrainConfig
@@ -77,7 +80,9 @@ class Workload:
         """Forecasts a step of processes with these speeds and shares, by rank."""
         given = (speeds, shares, self.run.micro_batch_size, self.network)
         bucket_bytes = buckets(self.parameter_bytes)
-        every = forecast_every(*given, sum(self.parameter_bytes), self.sync_every)
+        every = forecast_every(
+            *given, CODECS["int4"].num_bytes(sum(self.parameter_bytes) // FP32_BYTES), self.sync_every
+        )
         steps = (forecast_ddp(*given, bucket_bytes), forecast_ddp(*given, bucket_bytes, fp16=True), every)
         num_tokens = self.run.batch_size * self.run.sequence_length
         return Estimates(*(Estimate(**vars(step), tokens_per_second=num_tokens / step.seconds) for step in steps))
@@ -104,6 +109,11 @@ def make_forecast(workload: Workload, num_machines: int, speeds: list[Speed], sh
         notes.append(
             f"The processes wait for the network in {fraction:.0%} of a step. With a larger --batch-size, they "
             "synchronize less often."
+        )
+    if here.every.tokens_per_second > ELASTIC_GAIN * with_flags.tokens_per_second:
+        notes.append(
+            f"train_elastic.py trains {here.every.tokens_per_second / with_flags.tokens_per_second:.1f} times as many "
+            "tokens per second here: see docs/slow-links.md."
         )
     return Forecast(here, such_machines, workload.sync_every, " ".join(flags), with_flags, notes)
 

@@ -9,6 +9,7 @@ from forge_lib.check.links import Link
 from forge_lib.check.machine_facts import MachineFacts, MachineSpeed
 from forge_lib.check.recommend import Forecast
 from forge_lib.cluster.cluster_file import Cluster
+from forge_lib.cluster.ports import Port
 from forge_lib.config import TrainConfig
 from forge_lib.distributed.facts import LIBRARIES
 
@@ -32,6 +33,7 @@ class Report:
         links: between all pairs of machines, in both directions.
         all_reduce_seconds: by bytes.
         forecast: with --model-name.
+        ports: that runs use.
     """
 
     cluster: str
@@ -46,6 +48,7 @@ class Report:
     links: list[Link] | None = None
     all_reduce_seconds: dict[int, float] | None = None
     forecast: Forecast | None = None
+    ports: list[Port] = field(default_factory=list)
 
     @property
     def well(self) -> bool:
@@ -65,6 +68,8 @@ class Report:
 def describe(report: Report, cluster: Cluster, run: TrainConfig) -> str:
     """Returns a report as tables; `run` is the run that is forecast."""
     lines = describe_machines(report)
+    if report.ports:
+        lines += ["", *describe_ports(report.ports)]
     if report.links:
         lines += ["", *describe_links(report.links)]
     if report.all_reduce_seconds:
@@ -110,6 +115,15 @@ def describe_machines(report: Report) -> list[str]:
     return table([["", *report.machines, ""], *([name, *cells, marks[name]] for name, cells in rows.items())])
 
 
+def describe_ports(ports: list[Port]) -> list[str]:
+    """Returns a table of the ports that must be open between the machines."""
+    rows = [["TCP port", "on", "for", "changed with"]]
+    for port in ports:
+        number = str(port.first) if port.first == port.last else f"{port.first} to {port.last}"
+        rows.append([number, port.machine or "all machines", port.purpose, port.setting])
+    return table(rows)
+
+
 def describe_links(links: list[Link]) -> list[str]:
     """Returns a table of the links."""
     rows = [["from", "to", "round trip", "bandwidth"]]
@@ -126,7 +140,7 @@ def describe_forecast(forecast: Forecast, report: Report, cluster: Cluster, run:
     lines = [f"Forecast for {run.model_name}, {run.batch_size} x {run.sequence_length} tokens per step, {precision}:"]
     names = {"ddp": "train.py"}
     if cluster.num_processes > 1:
-        every = f"averaging every {forecast.sync_every} steps (forecast only)"
+        every = "train_elastic.py" + (f" --sync-every {forecast.sync_every}" if forecast.sync_every else "")
         names |= {"ddp_fp16": "train.py --gradient-compression fp16", "every": every}
     rows = [["synchronization", "tokens/s", "step", "compute", "wait for the slowest", "network"]]
     for name, words in names.items():
@@ -135,7 +149,7 @@ def describe_forecast(forecast: Forecast, report: Report, cluster: Cluster, run:
         rows.append([words, f"{step.tokens_per_second:,.0f}", *seconds])
     lines += ["", *table(rows)]
     if forecast.such_machines:
-        rows = [["machines", "train.py", "fp16", f"every {forecast.sync_every} steps"]]
+        rows = [["machines", "train.py", "fp16", "train_elastic.py"]]
         for count, steps in forecast.such_machines.items():
             speeds = [f"{getattr(steps, name).tokens_per_second:,.0f}" for name in names] if steps else ["-"] * 3
             rows.append([str(count), *speeds])

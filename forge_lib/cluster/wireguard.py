@@ -10,10 +10,10 @@ import subprocess
 from pathlib import Path
 
 from forge_lib.cluster.cluster_file import Cluster, Machine
+from forge_lib.cluster.ports import kernel_ports, used_ports
 from forge_lib.errors import UserError, as_user_error
 
 KEEPALIVE_SECONDS = 25  # a home router drops an idle UDP mapping after about 30 s
-EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def make_key(private: Path, public: Path) -> None:
@@ -105,10 +105,11 @@ def firewall(cluster: Cluster, machine: Machine) -> str:
     """Returns an nftables file that accepts connections to a run's ports only over the WireGuard network.
 
     gloo, NCCL and the launcher listen on ports that the kernel chooses. The whole range of such ports is closed, also
-    for other programs that listen there.
+    for other programs that listen there, and so are the ports of train.py and train_elastic.py.
     """
-    first, last = map(int, EPHEMERAL_PORTS.read_text().split()) if EPHEMERAL_PORTS.exists() else (32768, 60999)
-    ports = f"{first}-{last}" if first <= cluster.port <= last else f"{cluster.port}, {first}-{last}"
+    first, last = kernel_ports()
+    others = [port for port in used_ports(cluster) if not first <= port.first <= port.last <= last]
+    ports = ", ".join([*(f"{port.first}-{port.last}" for port in others), f"{first}-{last}"])
     table = _table(cluster)
     return f"""#!/usr/sbin/nft -f
 # {machine.name} in {cluster.name}: the ports of a run are open only to its WireGuard interface, and so are those of
@@ -119,7 +120,7 @@ table {table} {{
     chain input {{
         type filter hook input priority -10; policy accept;
         iifname {{ "lo", "{machine.name}" }} accept
-        # New connections to the main port, and to the ports that the kernel gives to gloo and NCCL.
+        # New connections to the ports of train.py and train_elastic.py, and to those that gloo and NCCL get.
         tcp flags & (fin | syn | rst | ack) == syn tcp dport {{ {ports} }} drop
     }}
 }}

@@ -20,6 +20,7 @@ def test_unequal_machines_get_shares_and_a_slow_network_gets_fp16_gradients():
     assert forecast.with_flags.tokens_per_second == pytest.approx(60 / forecast.with_flags.seconds)
     assert forecast.with_flags.seconds < forecast.here.ddp.seconds
     assert "--batch-size" in forecast.notes[0], "the network still takes much of a step"
+    assert forecast.notes[1].startswith("train_elastic.py trains ")
 
 
 def test_equal_machines_with_a_fast_network_need_no_more_flags():

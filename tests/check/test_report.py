@@ -12,6 +12,7 @@ from forge_lib.check.machine_facts import MachineSpeed
 from forge_lib.check.recommend import Workload, make_forecast
 from forge_lib.check.report import Report, describe
 from forge_lib.cluster.cluster_file import Cluster, Machine
+from forge_lib.cluster.ports import used_ports
 from forge_lib.config import TrainConfig
 
 CLUSTER = Cluster("lab", [Machine("alice", "10.77.0.1", 1, 0), Machine("bob", "10.77.0.2", 1, 1)])
@@ -33,6 +34,7 @@ def report() -> Report:
         backend="gloo",
         links=[Link("alice", "bob", 125_000.0, 0.001), Link("bob", "alice", error="no answer")],
         all_reduce_seconds={1 << 16: 0.001, 1 << 20: 0.5},
+        ports=used_ports(CLUSTER),
         forecast=make_forecast(workload, 2, [Speed(0.0, 1.0, 0.5, 0.5, 1e9)] * 2, [2, 2]),
     )
 
@@ -40,7 +42,14 @@ def report() -> Report:
 def test_the_keys_of_the_json_are_those_that_programs_read(report):
     content = json.loads(json.dumps(report.as_json()))
     keys = "cluster machine machines clocks problems warnings mixed_precision backend links all_reduce_seconds"
-    assert list(content) == [*keys.split(), "forecast", "well"]
+    assert list(content) == [*keys.split(), "forecast", "ports", "well"]
+    assert content["ports"][1] == {
+        "first": 29510,
+        "last": 29510,
+        "machine": "alice",
+        "purpose": "lighthouse of train_elastic.py",
+        "setting": "lighthouse_port in cluster.yaml",
+    }
     keys = "host address interface system versions processes device cores memory_bytes free_bytes dataset flags"
     assert list(content["machines"]["bob"]) == [*keys.split(), "is_public", "flops", "copy_bandwidth"]
     assert content["links"][0] == {
@@ -67,6 +76,7 @@ def test_the_json_of_a_check_that_ended_early_has_only_what_was_found():
         "clocks": {},
         "problems": [{"machine": "alice", "text": "alice is missing", "kind": "missing"}],
         "warnings": [],
+        "ports": [],
         "well": False,
     }
     assert describe(report, CLUSTER, RUN).endswith("problem: alice is missing\nlab: 1 problem found")
@@ -79,4 +89,6 @@ def test_the_tables_mark_differences_and_show_links_and_forecast(report):
     assert ["alice", "bob", "1.00", "ms", "1.0", "Mbit/s"] in lines
     assert ["bob", "alice", "no", "answer"] in lines
     assert ["64", "-", "-", "-"] in lines
+    ports = ["29511", "to", "29512", "all", "machines", "peers", "of", "train_elastic.py", "--peer-port"]
+    assert ports in lines
     assert lines[-1] == ["lab:", "no", "problems", "found"]

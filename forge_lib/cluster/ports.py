@@ -1,0 +1,50 @@
+"""The TCP ports that runs on a cluster use."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge_lib.cluster.cluster_file import Cluster
+from forge_lib.peers_config import PEER_PORT
+
+KERNEL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port on which the machines of a cluster accept connections.
+
+    Attributes:
+        first, last: its number, or a range of numbers from which the kernel chooses.
+        machine: name of the machine that uses it; empty: all machines.
+        purpose: what uses it.
+        setting: what changes its number.
+    """
+
+    first: int
+    last: int
+    machine: str
+    purpose: str
+    setting: str
+
+
+def kernel_ports() -> tuple[int, int]:
+    """Returns the range from which the kernel chooses a port for a program that asks for any; both are included."""
+    first, last = KERNEL_PORTS.read_text().split() if KERNEL_PORTS.exists() else (32768, 60999)
+    return int(first), int(last)
+
+
+def used_ports(cluster: Cluster) -> list[Port]:
+    """Returns the ports that train.py and train_elastic.py use on the machines of a cluster."""
+    lighthouse = cluster.lighthouse_port
+    return [
+        Port(cluster.port, cluster.port, cluster.main.name, "train.py", "port in cluster.yaml"),
+        Port(
+            lighthouse,
+            lighthouse,
+            cluster.lighthouse_machine.name,
+            "lighthouse of train_elastic.py",
+            "lighthouse_port in cluster.yaml",
+        ),
+        Port(PEER_PORT, PEER_PORT + 1, "", "peers of train_elastic.py", "--peer-port"),
+        Port(*kernel_ports(), "", "gloo and NCCL", "sysctl net.ipv4.ip_local_port_range"),
+    ]
