@@ -67,7 +67,7 @@ def run(cluster: Cluster, config: ForgeConfig) -> int:
         commands[machine] = [sys.executable, *program] if machine == own else ssh_command(machine, program)
     if not shutil.which("ssh") and any(machine != own for machine in commands):
         raise UserError("--ssh needs the program `ssh` (Debian, Ubuntu: apt install openssh-client)")
-    cluster_run = ClusterRun(config.timeout_seconds)
+    cluster_run = ClusterRun(config.timeout_seconds, are_independent=config.elastic)
     with ignore_output_errors(), cluster_run.handling_signals():
         return cluster_run.run(commands)
 
@@ -187,10 +187,11 @@ class ClusterRun(StopSignals):
 
     Args:
         timeout_seconds: of the run: how long its processes take to notice that one is lost.
+        are_independent: whether the others go on if a machine fails: with --elastic.
     """
 
-    def __init__(self, timeout_seconds: float):
-        self.timeout_seconds = timeout_seconds
+    def __init__(self, timeout_seconds: float, are_independent: bool = False):
+        self.timeout_seconds, self.are_independent = timeout_seconds, are_independent
         self.commands: list[MachineCommand] = []
         self.not_started = False  # a machine could not be reached, or the program is not there
         self.failed, self.follow_deadline = "", math.inf  # a failed machine, and when the others must have ended
@@ -246,6 +247,7 @@ class ClusterRun(StopSignals):
     def _on_failure(self, command: MachineCommand) -> None:
         """Prints what a failed machine cannot report itself, and gives the others some time to end."""
         name, destination = command.machine.name, destination_of(command.machine)
+        not_started = False
         if command.code == SSH_FAILED and command.has_output:
             error = command.last_error()
             print_message(f"{name}: the connection is lost ({error}); it stops by itself when it notices that")
@@ -253,12 +255,16 @@ class ClusterRun(StopSignals):
             reason = command.last_error().removeprefix("ssh: ")
             fix = next((fix for words, fix in FIXES.items() if words in reason), OTHER_FIX).format(destination)
             print_message(f"error: {name}: ssh {destination}: {reason}; {fix}")
-            self.not_started = True
+            not_started = True
         elif command.code in NOT_FOUND or not (command.has_output or self.request):
             print_message(
                 f"error: {name}: {command.last_error()}; correct `folder` or `python` of {name} in cluster.yaml"
             )
-            self.not_started = True
+            not_started = True
+        if self.are_independent:
+            print_message(f"{name} has ended with exit code {command.code}; the other peers go on")
+            return
+        self.not_started |= not_started
         seconds = FOLLOW_SECONDS + (0 if command.code == EXIT_USER_ERROR else self.timeout_seconds)
         if time.monotonic() + seconds < self.follow_deadline:
             self.failed, self.follow_deadline = name, time.monotonic() + seconds

@@ -105,8 +105,9 @@ def run_scripts(capfdbinary, monkeypatch):
     """Runs shell scripts as if they were the machines' commands; returns (exit code, stdout, lines of stderr)."""
     monkeypatch.setattr(ssh, "FOLLOW_SECONDS", 1)
 
-    def run_scripts(scripts: dict[Machine, str]) -> tuple[int, bytes, list[str]]:
-        code = ssh.ClusterRun(1).run({machine: ["sh", "-c", script] for machine, script in scripts.items()})
+    def run_scripts(scripts: dict[Machine, str], are_independent: bool = False) -> tuple[int, bytes, list[str]]:
+        cluster_run = ssh.ClusterRun(1, are_independent)
+        code = cluster_run.run({machine: ["sh", "-c", script] for machine, script in scripts.items()})
         output = capfdbinary.readouterr()
         return code, output.out, output.err.decode().splitlines()
 
@@ -130,6 +131,17 @@ def test_a_machine_that_cannot_be_reached_ends_the_others_at_once(run_scripts):
     assert errors == [
         "p2p-llm-forge: error: bob: ssh 10.77.0.2: me@bob: Permission denied (publickey); let your key in there "
         "(ssh-copy-id)"
+    ]
+
+
+def test_peers_go_on_if_a_machine_fails_or_cannot_be_reached(run_scripts):
+    """With --elastic; the exit code is still that of the failure."""
+    refused = "echo 'me@bob: Permission denied (publickey).' >&2; exit 255"
+    code, output, errors = run_scripts({ALICE: "sleep 2.5; echo end", BOB: refused}, are_independent=True)
+    assert (code, output) == (3, b"alice | end\n")
+    assert errors[1:] == [
+        "p2p-llm-forge: bob has ended with exit code 255; the other peers go on",
+        "p2p-llm-forge: alice ended with exit code 0, bob ended with exit code 255",
     ]
 
 
