@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from forge_lib import disk
 from forge_lib.config import flag_name
 from forge_lib.data.files import data_exists
@@ -126,8 +128,8 @@ def catch_up(
                 return False
             if is_complete:
                 return is_in
-        except (GoneError, *NETWORK_ERRORS) as error:
-            logger.warning(f"{source.name} cannot be reached: {error}")
+        except (GoneError, UserError, SafetensorError, *NETWORK_ERRORS) as error:  # UserError: the disk is full
+            logger.warning(f"the state of {source.name} cannot be fetched: {error}; trying again")
     time.sleep(RETRY_SECONDS)
     return is_in
 

@@ -20,12 +20,13 @@ from forge_lib.elastic.catch_up import catch_up
 from forge_lib.elastic.connecting import own_address, running_lighthouse
 from forge_lib.elastic.meeting import Exchanged, Meeting, ready_members
 from forge_lib.elastic.membership import Membership, PeerGroup, split_address
+from forge_lib.elastic.others import Others
 from forge_lib.elastic.pace import LATE, plan_round
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.elastic.shared_state import SharedState
 from forge_lib.elastic.sharing import Shared, StateServer
 from forge_lib.elastic.work import Met, Summed, Work
-from forge_lib.errors import UserError, first_line
+from forge_lib.errors import first_line
 from forge_lib.peers_config import ElasticConfig
 
 logger = logging.getLogger("forge")
@@ -52,7 +53,6 @@ class Peer:
     """
 
     _meeting: Meeting
-    _fixed: dict
 
     def __init__(self, config: ElasticConfig, report: Callable[..., None], is_asked_to_stop: Callable[[], bool]):
         self.config, self._report, self._gives_up = config, report, is_asked_to_stop
@@ -60,7 +60,7 @@ class Peer:
         self.step_seconds = self._exchange_seconds = 0.0
         self._failures, self._started_at = 0, time.monotonic()
         self._noted_at = -STATUS_SECONDS  # when the last line about missing peers was logged
-        self._present: dict[str, str] = {}  # name by identifier, at the last quorum
+        self._others = Others(config, report)
         self._contexts = ExitStack()
 
     def __enter__(self) -> "Peer":
@@ -85,7 +85,8 @@ class Peer:
 
     def own_state(self, state: SharedState, fixed: dict) -> None:
         """Gives this peer its state, and the values that must be equal on all peers."""
-        self.state, self._fixed = state, fixed
+        self.state = state
+        self._others.fixed = fixed
         self._meeting = Meeting(self.config, state, self._group, self.membership.id)
 
     def facts(self, work: Work, **more: Any) -> PeerFacts:
@@ -111,7 +112,7 @@ class Peer:
             failures=self._failures,
             is_complete=self.state.ledger.is_complete,
             wanted=self._num_wanted(),
-            config=self._fixed,
+            config=self._others.fixed,
             **more,
         )
 
@@ -135,10 +136,10 @@ class Peer:
             if members is None:
                 self.leave()
                 return Met(None, exchanges, lost + self.drop(work), changed)
-            self._note(members)
+            self._others.note(members, self.membership.id)
             ready = ready_members(members)
             if self.membership.id not in [member.id for member in ready]:
-                self._check_config(ready)
+                self._others.check_config(ready[0].facts)
                 lost += self._catch_up(work, ready)
                 work, changed = Work(), True
                 continue
@@ -154,8 +155,8 @@ class Peer:
                 changed = True
                 if work.targets and self.membership.id not in exchanged.commit.contributors:
                     lost += work.targets  # another plan of this round has more work
-            if len(ready) < len(members) and ready[0].id == self.membership.id:
-                self._keep(self.state.serve_snapshot)
+            if ready[0].id == self.membership.id:
+                self._serve(members, ready)
             if not computed and self._is_waiting_for_more(ready):
                 time.sleep(RETRY_SECONDS)
                 continue
@@ -163,6 +164,12 @@ class Peer:
                 time.sleep(RETRY_SECONDS)  # all wait until the others have the state, too
                 continue
             return Met(self.plan(ready), exchanges, lost, changed)
+
+    def _serve(self, members: list[Member], ready: list[Member]) -> None:
+        """Writes the state for the members that lack it, unless the updates that are served are enough for them."""
+        behind = [member.facts for member in members if member not in ready]
+        if any(self.state.needs_snapshot(facts.index >= 0, facts.round) for facts in behind):
+            self._keep(self.state.serve_snapshot)
 
     def _is_waiting_for_more(self, ready: list[Member]) -> bool:
         """Returns whether nobody trains yet, and all that are there wait for more."""
@@ -196,7 +203,7 @@ class Peer:
         group = [member for member in ready_members(members or []) if member.facts.plan == work.plan]
         if self.membership.id not in [member.id for member in group] or len(group) < work.group_size:
             return None
-        self._note(members)
+        self._others.note(members, self.membership.id)
         try:
             exchanged, total = self._meeting.sum_gradients(group, work.batch)
         except RuntimeError as error:
@@ -296,26 +303,9 @@ class Peer:
         folder = self.state.folder.with_name("incoming")
         contributed = catch_up(self.state, self._meeting, ready, folder, self._gives_up)
         lost = 0 if contributed or not had_work else work.targets
+        if lost:
+            self._report("late", round=before + 1, tokens_lost=lost)
+        self._others.check_bits(before, source)
         if self.state.hash == source.state_hash or self.state.round > before:
             self._report("healed", round=self.state.round, from_round=before, source=source.name, tokens_lost=lost)
         return lost
-
-    def _check_config(self, ready: list[Member]) -> None:
-        theirs = ready[0].facts
-        differing = [name for name, value in self._fixed.items() if theirs.config.get(name) != value]
-        if differing:
-            lines = [f"{name}: {self._fixed[name]!r} here, {theirs.config.get(name)!r} there" for name in differing]
-            raise UserError(f"this peer differs from {theirs.name}, which trains already: {'; '.join(lines)}")
-
-    def _note(self, members: list[Member]) -> None:
-        """Logs which peers have come and gone since the last quorum."""
-        now = {member.id: member.facts.name for member in members if member.facts.has_state}
-        for identifier, name in now.items():
-            if identifier not in self._present and identifier != self.membership.id:
-                logger.info(f"peer {name} has joined")
-                self._report("peer_joined", peer=name)
-        for identifier, name in self._present.items():
-            if identifier not in now:
-                logger.warning(f"peer {name} is gone")
-                self._report("peer_lost", peer=name)
-        self._present = now

@@ -1,8 +1,10 @@
 """Logs the rounds of a peer: one line and one row of metrics.jsonl for each."""
 
+import dataclasses
 import logging
 import time
 
+from forge_lib.config import flag_name
 from forge_lib.elastic.meeting import Exchanged
 from forge_lib.elastic.peer import Peer
 from forge_lib.elastic.peer_facts import Member
@@ -25,6 +27,8 @@ class RoundLog:
 
     def __init__(self, run: Run, config: ElasticConfig):
         self._run, self._config = run, config
+        if config.sync_every != 1:
+            warn_of_flags_without_effect(config)
         self._spikes = SpikeDetector()
         self._grad_norm = 0.0
         self._lost_targets = 0  # predicted tokens that were computed and then dropped, since the start
@@ -114,6 +118,18 @@ class RoundLog:
             f"{self._num_bytes / 1e6:.2f} MB  utilization {row['utilization']:.0%}"
         )
         self._samples, self._num_bytes, self._sync_seconds, self._compute_seconds = [], 0, 0.0, 0.0
+
+
+def warn_of_flags_without_effect(config: ElasticConfig) -> None:
+    """Logs which of the given flags of train.py have no effect on rounds of several steps."""
+    reasons = {
+        "log_every": "each round is logged",
+        "check_replicas_every": "all peers compare the hash of their weights after each round",
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, reason in reasons.items():
+        if getattr(config, name) != defaults[name]:
+            logger.warning(f"{flag_name(name)} has an effect with --sync-every 1 only: {reason}")
 
 
 def describe_participants(members: list[Member]) -> list[dict]:

@@ -159,6 +159,16 @@ class SharedState:
 
     # Files for others
 
+    def needs_snapshot(self, is_training: bool, round: int) -> bool:
+        """Returns whether a peer with an older state needs all of it: updates are not enough.
+
+        Args:
+            is_training: whether it has begun a round with the others, so that its state is an earlier one of theirs.
+            round: of its state.
+        """
+        _, updates = self._shared.folders.get(UPDATES, (self.folder, {}))
+        return not is_training or any(update_name(each) not in updates for each in range(round, self.round))
+
     def keep_update(self, commit: Commit, data: list[torch.Tensor], before: str) -> None:
         """Writes the update of a round that was just applied, and serves it; deletes those that are no longer needed.
 
