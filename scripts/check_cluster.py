@@ -82,13 +82,18 @@ class RunConfig:
         "auto", "auto, no, bf16 or fp16; auto: as in cluster.yaml", "TYPE"
     )
     sync_every: int = flag(
-        0, "steps of a round of train_elastic.py; 0: derived from the time of an exchange", "STEPS", at_least=0
+        0, "steps of a round of train_elastic.py, more than 1; 0: from the time of an exchange", "STEPS", at_least=0
     )
 
 
 @dataclass(kw_only=True)
 class CheckConfig(RangeChecked, RunConfig, ClusterConfig):
     """Every flag of scripts/check_cluster.py."""
+
+    def find_mistakes(self) -> list[str]:
+        """Returns a line for each value that is not possible."""
+        one = "--sync-every 1 is not forecast: it sends each gradient, like train.py; expected 0, or 2 and more"
+        return super().find_mistakes() + ([one] if self.sync_every == 1 else [])
 
 
 def main(config: CheckConfig) -> bool:

@@ -8,10 +8,11 @@ backward pass takes B_r. The gradient has S bytes, in buckets of b_i bytes:
     bucket sent     e_i  = max(e_(i-1), r_i) + t(b_i)                            one bucket after the other
     DDP             step = max(max C_r, e_last) + optimizer
     DDP in fp16     the same with half the bytes, and two more passes over the gradient in memory
-    train_elastic   step = 1 / sum of b_r / (C_r + optimizer) + t(Q) / H        a round of H steps, Q bytes at its end
+    train_elastic   step = P / sum of 1 / (C_r + optimizer) + t(Q) / H           a round of H steps, Q bytes at its end
 
-In train_elastic.py nobody waits for the slowest process: each one makes as many steps as it can in a round. Q is the
-size of all parameters in int4. Each process counts as a peer of its own, with its share b_r of the batch.
+In train_elastic.py nobody waits for the slowest process: each one makes as many steps as it can in a round, each with
+the whole batch, so P batches are trained in one step of each. Q is the size of all parameters in int4. Each process
+counts as a peer of its own.
 
 Sources: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009; Li et al.,
 "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020; Douillard et al., "DiLoCo", 2023. The
@@ -137,23 +138,20 @@ def forecast_ddp(
 
 
 def forecast_every(
-    speeds: list[Speed], shares: list[int], micro_batch_size: int, network: Network, num_bytes: int, every: int
+    speeds: list[Speed], batch_size: int, micro_batch_size: int, network: Network, num_bytes: int, every: int
 ) -> Step:
-    """Forecasts the time in which the peers of scripts/train_elastic.py train a batch together.
+    """Forecasts a step of a peer of scripts/train_elastic.py, on average over the peers.
 
     Args:
         speeds: of the peers.
-        shares: sequences of one step of each peer; their sum is the batch.
+        batch_size: sequences of a step of one peer.
         micro_batch_size: sequences per forward pass.
         network: between the peers.
         num_bytes: of all parameters, as they are sent after a round.
         every: --sync-every, the steps of a round; 0: derived, as train_elastic.py does.
     """
-    seconds = [
-        speed.gradient_seconds(share, micro_batch_size)[0] + speed.optimizer
-        for speed, share in zip(speeds, shares, strict=True)
-    ]
-    compute = sum(shares) / sum(share / each for share, each in zip(shares, seconds, strict=True))
+    seconds = [speed.gradient_seconds(batch_size, micro_batch_size)[0] + speed.optimizer for speed in speeds]
+    compute = len(seconds) / sum(1 / each for each in seconds)
     exchange = network.all_reduce_seconds(num_bytes, len(speeds))
     sync = exchange * compute / plan_round(seconds, exchange, every).seconds
     return Step(compute + sync, compute, 0.0, sync)

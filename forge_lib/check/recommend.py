@@ -78,14 +78,20 @@ class Workload:
 
     def estimate(self, speeds: list[Speed], shares: list[int]) -> Estimates:
         """Forecasts a step of processes with these speeds and shares, by rank."""
-        given = (speeds, shares, self.run.micro_batch_size, self.network)
+        run = self.run
+        given = (speeds, shares, run.micro_batch_size, self.network)
         bucket_bytes = buckets(self.parameter_bytes)
-        every = forecast_every(
-            *given, CODECS["int4"].num_bytes(sum(self.parameter_bytes) // FP32_BYTES), self.sync_every
-        )
+        num_bytes = CODECS["int4"].num_bytes(sum(self.parameter_bytes) // FP32_BYTES)
+        every = forecast_every(speeds, run.batch_size, run.micro_batch_size, self.network, num_bytes, self.sync_every)
         steps = (forecast_ddp(*given, bucket_bytes), forecast_ddp(*given, bucket_bytes, fp16=True), every)
-        num_tokens = self.run.batch_size * self.run.sequence_length
-        return Estimates(*(Estimate(**vars(step), tokens_per_second=num_tokens / step.seconds) for step in steps))
+        batches = (1, 1, len(speeds))  # of one step of all processes
+        num_tokens = run.batch_size * run.sequence_length
+        return Estimates(
+            *(
+                Estimate(**vars(step), tokens_per_second=count * num_tokens / step.seconds)
+                for step, count in zip(steps, batches, strict=True)
+            )
+        )
 
 
 def make_forecast(workload: Workload, num_machines: int, speeds: list[Speed], shares: list[int]) -> Forecast:

@@ -109,7 +109,8 @@ def firewall(cluster: Cluster, machine: Machine) -> str:
     """
     first, last = kernel_ports()
     others = [port for port in used_ports(cluster) if not first <= port.first <= port.last <= last]
-    ports = ", ".join([*(f"{port.first}-{port.last}" for port in others), f"{first}-{last}"])
+    ranges = [(port.first, port.last) for port in others] + [(first, last)]
+    ports = ", ".join(str(start) if start == stop else f"{start}-{stop}" for start, stop in ranges)
     table = _table(cluster)
     return f"""#!/usr/sbin/nft -f
 # {machine.name} in {cluster.name}: the ports of a run are open only to its WireGuard interface, and so are those of

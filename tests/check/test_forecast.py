@@ -49,12 +49,12 @@ def test_with_several_micro_batches_only_the_last_backward_pass_overlaps_with_se
 
 
 def test_peers_train_at_their_own_speed_and_exchange_once_per_round():
-    """Steps of 4.5 s and 2.5 s, so 3.214 s on average, and 4 sequences take 3.214 s; 200 bytes take 2 s."""
+    """Steps of 4.5 s and 2.5 s, so 3.214 s on average; 200 bytes take 2 s."""
     mean = 2 / (1 / 4.5 + 1 / 2.5)
-    step = forecast.forecast_every([SLOW, FAST], [2, 2], 2, NETWORK, 200, 20)
+    step = forecast.forecast_every([SLOW, FAST], 2, 2, NETWORK, 200, 20)
     assert (step.compute, step.waiting) == (pytest.approx(mean), 0.0)
     assert step.sync == pytest.approx(2.0 / 20)
-    derived = forecast.forecast_every([SLOW, FAST], [2, 2], 2, NETWORK, 200, 0)
+    derived = forecast.forecast_every([SLOW, FAST], 2, 2, NETWORK, 200, 0)
     assert derived.sync == pytest.approx(2.0 / round(25 * 2.0 / mean)), "a round takes 25 times as long"
 
 
