@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from forge_lib.cluster.addresses import bracketed
+from forge_lib.distributed.peers import Peers
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.errors import UserError, exit_code, first_line
 from forge_lib.process import die_with_parent
@@ -102,11 +103,14 @@ class Membership:
 
     def __enter__(self) -> "Membership":
         self._ends = threading.Event()
-        threading.Thread(target=self._send_heartbeats, name="heartbeats", daemon=True).start()
+        self._thread = threading.Thread(target=self._send_heartbeats, name="heartbeats", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._ends.set()
+        self._thread.join(2 * CONNECT_SECONDS)  # Python's exit may hang with a thread inside of torchft
+        Peers.has_stuck_thread |= self._thread.is_alive()
 
     def expect(self, seconds: float = float("inf")) -> None:
         """Promises to ask for a quorum within `seconds`; later than that, this peer is late and sends no heartbeat.
