@@ -132,17 +132,17 @@ class Peers:
                 )
         return [type(facts)(**value) for value in values]
 
-    def barrier(self, name: str) -> float:
+    def barrier(self, name: str, limit_seconds: float = HANG_SECONDS) -> float:
         """Waits until all processes have called this with the same name; returns the seconds that it waited.
 
-        Use it for long waits: it fails only if a process is lost or keeps the others waiting for an hour.
+        Use it for long waits: it fails only if a process is lost or keeps the others waiting for `limit_seconds`.
 
         Raises:
             UserError, PeerLostError, DivergedError, Stopped: another process failed or is lost.
         """
         start = time.monotonic()
         if self.world.num_processes > 1:
-            self._store_and_wait(f"barrier/{name}", "", HANG_SECONDS)
+            self._store_and_wait(f"barrier/{name}", "", limit_seconds)
         return time.monotonic() - start
 
     def check(self) -> None:

@@ -159,10 +159,10 @@ def _apply_updates(
         return False, False
     for name in names:
         target = folder / name.partition(".")[0]
-        download(source, UPDATES, {name: served[name]}, target, gives_up)
         try:
+            download(source, UPDATES, {name: served[name]}, target, gives_up)
             commit, data, expected = state.read_update(target / name)
-        except UPDATE_ERRORS as error:
+        except (GoneError, UserError, *NETWORK_ERRORS, *UPDATE_ERRORS) as error:
             logger.warning(f"an update from {source.name} cannot be used: {error}")
             return False, is_in
         before = state.hash
@@ -170,7 +170,10 @@ def _apply_updates(
         if state.hash != expected:
             logger.warning(f"the update of round {commit.round} does not fit this peer's state: it gets all of it")
             return False, is_in
-        state.keep_update(commit, data, before)
+        try:
+            state.keep_update(commit, data, before)
+        except (OSError, SafetensorError) as error:
+            logger.warning(f"the update of round {commit.round} cannot be kept for others: {error}")
         disk.remove(target)
     return True, is_in
 

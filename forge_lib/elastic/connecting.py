@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from forge_lib.distributed.network import route_address
 from forge_lib.errors import UserError
 
+FREE_SECONDS = 5.0  # how long a lighthouse of an earlier start may take to end
 LIGHTHOUSE_SECONDS = 60.0  # how long the lighthouse may take to start
 
 
@@ -47,6 +48,11 @@ def running_lighthouse(port: int) -> Iterator[None]:
     Raises:
         UserError: it did not start.
     """
+    until = time.monotonic() + FREE_SECONDS
+    while is_listening(port):
+        if time.monotonic() > until:
+            raise UserError(f"the lighthouse cannot listen on port {port}: another program uses it")
+        time.sleep(0.1)
     words = [sys.executable, "-m", "forge_lib.elastic.membership", str(port), "--with-parent"]
     process = subprocess.Popen(words, start_new_session=True)
     try:

@@ -29,7 +29,7 @@ def ready_members(members: list[Member]) -> list[Member]:
         return []
 
     def age(member: Member) -> tuple:
-        return member.facts.round, member.facts.index >= 0, member.facts.tokens
+        return member.facts.round, member.facts.index >= 0, member.facts.committed, member.facts.tokens
 
     trains = [member for member in members if member.facts.index >= 0]
     config = max(trains or members, key=age).facts.config

@@ -33,6 +33,7 @@ logger = logging.getLogger("forge")
 
 RESTART_SECONDS = 30.0  # how long a peer that starts again waits for those of the last round
 STATUS_SECONDS = 30.0  # between two lines about missing peers
+PAUSE_SECONDS = 30.0  # with --sync-every 1, after a download that failed: the others go on meanwhile
 LINGER_SECONDS = 20.0  # how long a complete peer waits for one that was there and is late
 RETRY_SECONDS = 0.5  # between two quorums while too few peers are there
 
@@ -58,7 +59,9 @@ class Peer:
         self.config, self._report, self._gives_up = config, report, is_asked_to_stop
         self.shared, self.state = Shared(), None
         self.step_seconds = self._exchange_seconds = 0.0
-        self._failures, self._started_at = 0, time.monotonic()
+        self._failures, self._started_at = 0, 0.0  # of this round; when this peer first met others
+        self._has_trained = False  # since its start
+        self._behind: dict[str, int] = {}  # round by identifier, of the peers that had an older state
         self._noted_at = -STATUS_SECONDS  # when the last line about missing peers was logged
         self._others = Others(config, report)
         self._contexts = ExitStack()
@@ -109,6 +112,7 @@ class Peer:
             exchange_seconds=self._exchange_seconds,
             compute_seconds=work.compute_seconds,
             busy_seconds=work.busy_seconds,
+            committed=self.state.ledger.num_committed,
             failures=self._failures,
             is_complete=self.state.ledger.is_complete,
             wanted=self._num_wanted(),
@@ -127,6 +131,7 @@ class Peer:
             UserError: this peer's flags or data differ from those of the peers that train.
         """
         exchanges, lost, changed = [], 0, False
+        self._started_at = self._started_at or time.monotonic()
         if work.targets and self.config.sync_every != 1 and not self._meeting.is_finite():
             logger.warning("this peer's weights are not finite: what it has computed in this round is dropped")
             self._report("not_finite", where=f"the weights of {self.config.name}")
@@ -155,8 +160,7 @@ class Peer:
                 changed = True
                 if work.targets and self.membership.id not in exchanged.commit.contributors:
                     lost += work.targets  # another plan of this round has more work
-            if ready[0].id == self.membership.id:
-                self._serve(members, ready)
+            self._serve(members, ready)
             if not computed and self._is_waiting_for_more(ready):
                 time.sleep(RETRY_SECONDS)
                 continue
@@ -166,9 +170,15 @@ class Peer:
             return Met(self.plan(ready), exchanges, lost, changed)
 
     def _serve(self, members: list[Member], ready: list[Member]) -> None:
-        """Writes the state for the members that lack it, unless the updates that are served are enough for them."""
-        behind = [member.facts for member in members if member not in ready]
-        if any(self.state.needs_snapshot(facts.index >= 0, facts.round) for facts in behind):
+        """Writes the state for the members that lack it, unless the updates that are served are enough for them.
+
+        One peer does that. Should it not help (its disk may be full), all of them do.
+        """
+        behind = {member.id: member.facts.round for member in members if member not in ready}
+        is_stuck = any(self._behind.get(name) == round for name, round in behind.items())
+        self._behind |= behind
+        is_first = ready[0].id == self.membership.id
+        if is_stuck or (is_first and any(map(self.state.needs_snapshot, behind.values()))):
             self._keep(self.state.serve_snapshot)
 
     def _is_waiting_for_more(self, ready: list[Member]) -> bool:
@@ -184,8 +194,11 @@ class Peer:
     def _num_wanted(self) -> int:
         """Returns how many peers should be there before a round begins that nobody has begun yet.
 
-        After a restart these are the peers of the last round, for a while: one of them may have a newer state.
+        After a restart these are the peers of the last round, for a while: one of them may have a newer state. Once
+        this peer has trained, it waits for nobody: the others may be gone.
         """
+        if self._has_trained:
+            return 1
         is_patient = time.monotonic() - self._started_at < RESTART_SECONDS
         return max(self.config.min_peers, self.state.num_contributors if is_patient else 1)
 
@@ -218,6 +231,7 @@ class Peer:
         ids = [member.id for member in ready]
         index, plan = ids.index(self.membership.id), f"{self.state.round} {' '.join(ids)}"
         facts, batch_size = [member.facts for member in ready], self.config.batch_size
+        self._has_trained = True
         if self.state.ledger.is_complete:
             return Work(index, len(ready), plan)
         if self.config.sync_every == 1:
@@ -226,21 +240,21 @@ class Peer:
             parts = self.state.ledger.divide(batch_size, speeds)
             todo = [parts[index]] if len(parts[index]) else []
             return Work(index, len(ready), plan, todo, np.concatenate(parts), num_planned=1)
-        exchange_seconds = max([self._exchange_seconds, *(each.exchange_seconds for each in facts)])
+        exchange_seconds = max(each.exchange_seconds for each in facts)
         pace = plan_round([each.step_seconds for each in facts], exchange_seconds, self.config.sync_every)
         samples = self.state.ledger.samples_of(index, len(ready), pace.steps[index], batch_size)
         todo = [each for each in samples if len(each)]
         return Work(index, len(ready), plan, todo, None, pace.seconds, sum(pace.steps))
 
     def linger(self) -> None:
-        """Serves a complete run until all living peers have it; waits for a late one, but not for long."""
-        until = 0.0
+        """Serves a complete run until all living peers have it; waits for a late one as long as it comes nearer."""
+        until, seen = 0.0, set()
         while members := self.membership.quorum(self.facts(Work()), self._gives_up):
-            late = [member for member in members if not member.facts.is_complete]
-            if late:
-                until = time.monotonic() + LINGER_SECONDS
+            late = {(member.id, member.facts.round) for member in members if not member.facts.is_complete}
+            if late - seen:
+                until, seen = time.monotonic() + LINGER_SECONDS, seen | late
                 self._keep(self.state.serve_snapshot)
-            elif time.monotonic() > until:
+            if time.monotonic() > until:
                 break
             time.sleep(RETRY_SECONDS)
         self.leave()
@@ -299,9 +313,16 @@ class Peer:
         if self.config.sync_every != 1:
             self.leave()  # they do not wait meanwhile
         logger.info(f"catching up from round {before} to round {source.round} with {source.name}")
+        if source.round == before and source.committed < self.facts(work).committed:
+            logger.warning(f"the {self.facts(work).committed:,} samples that this peer has trained alone do not count")
         had_work = bool(work.steps)
         folder = self.state.folder.with_name("incoming")
+        own_hash = self.state.hash
         contributed = catch_up(self.state, self._meeting, ready, folder, self._gives_up)
+        if self.state.hash == own_hash:  # nothing was fetched
+            self._meeting.drop()
+            if self.config.sync_every == 1:
+                self._pause_after_failure()
         lost = 0 if contributed or not had_work else work.targets
         if lost:
             self._report("late", round=before + 1, tokens_lost=lost)
@@ -309,3 +330,10 @@ class Peer:
         if self.state.hash == source.state_hash or self.state.round > before:
             self._report("healed", round=self.state.round, from_round=before, source=source.name, tokens_lost=lost)
         return lost
+
+    def _pause_after_failure(self) -> None:
+        """Lets the others train for a while; with --sync-every 1 they wait for each peer that lacks the state."""
+        self.leave()
+        until = time.monotonic() + PAUSE_SECONDS
+        while time.monotonic() < until and not self._gives_up():
+            time.sleep(RETRY_SECONDS)

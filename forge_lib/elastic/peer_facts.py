@@ -20,6 +20,7 @@ class PeerFacts:
         loss: sum over its targets in this round, in nats.
         step_seconds, exchange_seconds: of a step and of the last exchange; 0: not known.
         compute_seconds, busy_seconds: of this round: in steps, and from its begin to this request.
+        committed: samples that its state contains.
         failures: exchanges of this round that have failed.
         is_complete: whether its run is complete.
         wanted: how many peers it wants to be there before a round begins that nobody has begun yet.
@@ -43,6 +44,7 @@ class PeerFacts:
     exchange_seconds: float = 0.0
     compute_seconds: float = 0.0
     busy_seconds: float = 0.0
+    committed: int = 0
     failures: int = 0
     is_complete: bool = False
     wanted: int = 1

@@ -27,8 +27,7 @@ class RoundLog:
 
     def __init__(self, run: Run, config: ElasticConfig):
         self._run, self._config = run, config
-        if config.sync_every != 1:
-            warn_of_flags_without_effect(config)
+        warn_of_flags_without_effect(config)
         self._spikes = SpikeDetector()
         self._grad_norm = 0.0
         self._lost_targets = 0  # predicted tokens that were computed and then dropped, since the start
@@ -86,7 +85,7 @@ class RoundLog:
             "step": step,
             "epoch": peer.state.ledger.num_committed / len(self._run.inputs.dataset),
             "tokens": peer.state.ledger.num_committed * config.sequence_length,
-            "loss": sum(member.facts.loss for member in ready) / commit.num_targets,
+            "loss": sum(m.facts.loss for m in ready if m.id in commit.contributors) / commit.num_targets,
             "grad_norm": self._grad_norm,
             "learning_rate": learning_rate,
             "tokens_per_second": num_sequences * config.sequence_length / seconds,
@@ -121,15 +120,17 @@ class RoundLog:
 
 
 def warn_of_flags_without_effect(config: ElasticConfig) -> None:
-    """Logs which of the given flags of train.py have no effect on rounds of several steps."""
-    reasons = {
-        "log_every": "each round is logged",
-        "check_replicas_every": "all peers compare the hash of their weights after each round",
-    }
+    """Logs which of the given flags have no effect with this --sync-every."""
+    reasons = {"check_replicas_every": "all peers compare the hash of their weights after each exchange"}
+    if config.sync_every == 1:
+        no_rounds = "with --sync-every 1 there are no rounds"
+        reasons |= dict.fromkeys(("outer_learning_rate", "outer_momentum", "late_seconds"), no_rounds)
+    else:
+        reasons["log_every"] = "each round is logged"
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, reason in reasons.items():
         if getattr(config, name) != defaults[name]:
-            logger.warning(f"{flag_name(name)} has an effect with --sync-every 1 only: {reason}")
+            logger.warning(f"{flag_name(name)} has no effect: {reason}")
 
 
 def describe_participants(members: list[Member]) -> list[dict]:

@@ -106,7 +106,7 @@ class Rounds:
         """
         if self._peer:
             fetch_inputs(self.config, self._peer.membership, self._peer.facts(self._work), self._is_asked_to_stop)
-        self.run.peers.barrier("inputs of the peer")
+        self.run.peers.barrier("inputs of the peer", math.inf)  # until another peer has them
 
     def build_outer(self) -> OuterOptimizer:
         """Returns the outer optimizer: it belongs into the checkpoints, but the loop does not step it."""
@@ -268,7 +268,7 @@ class Rounds:
         """Waits until the other peers have the complete run, too: a late one gets it from this peer."""
         if self._peer and self._is_complete:
             self._peer.linger()
-        self.run.peers.barrier("peers, complete")
+        self.run.peers.barrier("peers, complete", math.inf)
 
     # Rounds
 
@@ -277,7 +277,7 @@ class Rounds:
         met = self._peer.meet(self._work, self._gives_up) if self._peer else None
         decision = self._decide(met) if met else None
         self._num_met += 1
-        self.run.peers.barrier(f"round/{self._num_met}")
+        self.run.peers.barrier(f"round/{self._num_met}", math.inf)  # until the lighthouse is back
         decision = tell_all(self.run.accelerator, decision)
         if decision.changed:
             copy_weights(self.run.accelerator, self.outer.flat.parameters)
@@ -285,6 +285,8 @@ class Rounds:
         self._is_complete = decision.is_complete
         if decision.step != self.run.step:
             self.run.advance(decision.step, decision.since)
+        if self._peer and self.run.stopped_by:
+            self._peer.leave()
         if self._peer:
             self.run.extra_state["elastic"] = self._peer.state.describe()
             if self.run.must_save():

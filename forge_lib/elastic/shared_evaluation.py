@@ -1,5 +1,7 @@
 """Evaluates the shared weights; the peers that are present divide the held-out blocks, and each token counts once."""
 
+import math
+
 import numpy as np
 from torch import nn
 from torch.utils.data import Subset
@@ -36,7 +38,7 @@ def evaluate_parts(run: Run, model: nn.Module, peer: Peer | None, work: Work) ->
                 sums[part] = evaluation_totals(run, model, blocks, f"part {part}") if len(blocks) else [0.0] * 3
             todo = _meet(run, peer, work, sums, count) if peer else None
             num_met += 1
-            run.peers.barrier(f"evaluation/{run.step}/{num_met}")  # the main process may wait long for other peers
+            run.peers.barrier(f"evaluation/{run.step}/{num_met}", math.inf)  # while the main process meets the peers
             todo = tell_all(run.accelerator, todo)
             if not todo:
                 break

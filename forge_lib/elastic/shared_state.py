@@ -33,6 +33,7 @@ from forge_lib.errors import UserError
 logger = logging.getLogger("forge")
 
 KEPT_UPDATES = 32  # rounds whose updates are kept at least
+MOST_UPDATES = 128  # and those since the last snapshot, if it is not older than this
 SNAPSHOT_ROUNDS = 16  # a snapshot that is not older than this is completed with updates instead of a new one
 STATE, UPDATES = "state", "updates"  # names of the folders that are served; STATE is followed by the round
 UPDATE_ERRORS = (ValueError, KeyError, TypeError, SafetensorError)  # of a file that is not the expected update
@@ -97,7 +98,9 @@ class SharedState:
         self.hash = self._hash()
 
     def _hash(self) -> str:
-        return self.outer.state_hash(self.ledger.to_json() | {"num_targets": self.num_targets}, self.round)
+        ledger = self.ledger.to_json() | {"num_targets": self.num_targets}
+        del ledger["total"]  # a run may be continued with more steps
+        return self.outer.state_hash(ledger, self.round)
 
     def describe(self) -> dict:
         """Returns the part of a checkpoint's state.json that belongs to the shared state."""
@@ -159,15 +162,13 @@ class SharedState:
 
     # Files for others
 
-    def needs_snapshot(self, is_training: bool, round: int) -> bool:
-        """Returns whether a peer with an older state needs all of it: updates are not enough.
+    def needs_snapshot(self, round: int) -> bool:
+        """Returns whether a peer with the state of an earlier round needs all of this one: updates are not enough."""
+        return not 0 < round < self.round or not self._has_updates_since(round)
 
-        Args:
-            is_training: whether it has begun a round with the others, so that its state is an earlier one of theirs.
-            round: of its state.
-        """
+    def _has_updates_since(self, round: int) -> bool:
         _, updates = self._shared.folders.get(UPDATES, (self.folder, {}))
-        return not is_training or any(update_name(each) not in updates for each in range(round, self.round))
+        return all(update_name(each) in updates for each in range(round, self.round))
 
     def keep_update(self, commit: Commit, data: list[torch.Tensor], before: str) -> None:
         """Writes the update of a round that was just applied, and serves it; deletes those that are no longer needed.
@@ -180,11 +181,16 @@ class SharedState:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / update_name(commit.round)
         metadata = {"commit": json.dumps(commit.__dict__), "before": before, "after": self.hash}
-        save_file({"data": torch.cat(data)}, disk.partial_path(path), metadata)
-        disk.flush(disk.partial_path(path))
-        disk.partial_path(path).replace(path)
-        disk.flush(folder)
+        try:
+            save_file({"data": torch.cat(data)}, disk.partial_path(path), metadata)
+            disk.flush(disk.partial_path(path))
+            disk.partial_path(path).replace(path)
+            disk.flush(folder)
+        finally:
+            disk.remove(disk.partial_path(path))
         needed = self._kept_since if self._keeps_checkpoints else commit.round
+        if self._snapshot_round >= commit.round - MOST_UPDATES:  # a slow download of it may go on
+            needed = min(needed, self._snapshot_round)
         oldest = update_name(max(0, min(needed, commit.round - KEPT_UPDATES + 1)))
         _, known = self._shared.folders.get(UPDATES, (folder, {}))
         for name in [name for name in known if name < oldest]:
@@ -239,11 +245,12 @@ class SharedState:
 
     def serve_snapshot(self) -> None:
         """Writes the state as files and serves them, unless a snapshot is served that is nearly as new."""
-        age = self.round - self._snapshot_round
-        if self._snapshot_round >= 0 and age <= (0 if self.inner_optimizers else SNAPSHOT_ROUNDS):
+        age, is_served = self.round - self._snapshot_round, self._snapshot_round >= 0
+        if is_served and age <= SNAPSHOT_ROUNDS and self._has_updates_since(self._snapshot_round):
             return
+        for unfinished in self.folder.glob(disk.partial_path(Path(f"{STATE}-*")).name):
+            disk.remove(unfinished)
         target = self.folder / f"{STATE}-{self.round:08d}"
-        disk.remove(disk.partial_path(target))
         disk.partial_path(target).mkdir(parents=True)
         tensors = {"weights": self.outer.weights, "momentum": self.outer.momentum}
         save_file(tensors, disk.partial_path(target) / "weights.safetensors")
@@ -268,4 +275,7 @@ class SharedState:
             load_states(load_file(folder / "optimizer.safetensors"), self.inner_optimizers)
         self.outer.error.zero_()
         self.outer.restore()
+        self._snapshot_round = -1
+        for name in [name for name in self._shared.folders if name == UPDATES or name.startswith(f"{STATE}-")]:
+            disk.remove(self._shared.folders.pop(name)[0])  # perhaps of another history
         return self.load(json.loads((folder / "state.json").read_bytes()))
