@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from commands import SHORT, Running, find_free_port, until
+from commands import SHORT, Running, accelerate_launcher, find_free_port, until
 from networks import Hosts
 from run_folders import rows
 
@@ -33,10 +33,13 @@ class Peers:
         """The address of the lighthouse, which the first peer starts."""
         return f"http://{'10.77.0.1' if self.machines else '127.0.0.1'}:{self.port}"
 
-    def start(self, name: str, *flags) -> Running:
+    def start(self, name: str, *flags, num_processes: int = 1) -> Running:
         """Starts a peer, or starts it again."""
         number = self.places.setdefault(name, len(self.places) + 1)
-        words = [sys.executable, "scripts/train_elastic.py", *self.flags, *flags, "--peer-name", name]
+        launcher = [sys.executable]
+        if num_processes > 1:
+            launcher = accelerate_launcher(self.folder, find_free_port(), num_processes=num_processes)
+        words = [*launcher, "scripts/train_elastic.py", *self.flags, *flags, "--peer-name", name]
         words += ["--lighthouse", self.lighthouse, "--output-dir", self.folder / name]
         if self.machines:
             prefix = [*self.machines.on(number), "env", "OMP_NUM_THREADS=1"]

@@ -2,13 +2,16 @@
 
     python tests/elastic/measure_links.py --output artifacts/links.json
     python tests/elastic/measure_links.py --unequal --output artifacts/unequal.json
+    python tests/elastic/measure_links.py --bytes --output artifacts/bytes.json
 
 Needs root and network namespaces. Each machine has one core (taskset); the model has 26 million parameters, a step has
 4 x 256 tokens. Bytes are counted at the network interface. With --unequal one peer gets a third of its core (a CPU
-quota), and the link is not limited. Nothing else should run meanwhile.
+quota), and the link is not limited. --bytes compares int4 with fp32, for two and four peers. Nothing else should run
+meanwhile.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -30,7 +33,7 @@ from run_folders import rows  # noqa: E402
 from forge_lib.process import kill_process_tree  # noqa: E402
 
 RATES = (5, 20, 100, 1000)  # Mbit/s
-WARM_ROUNDS = 3  # not counted: speeds and the exchange are not known yet
+WARM_ROUNDS = 2  # not counted: speeds and the exchange are not known yet
 ROUNDS = 4
 FLAGS = ["--dataset-path", "data/sample_corpus.txt", "--sample-by", "paragraph", "--sequence-length", "256"]
 FLAGS += ["--max-steps", "100000", "--learning-rate", "3e-4", "--mixed-precision", "no", "--device", "cpu"]
@@ -51,18 +54,18 @@ def sent_bytes(machines: Hosts, n: int) -> int:
 
 
 class Machines:
-    """Two machines of one core each, and the programs that run on them."""
+    """Machines of one core each, and the programs that run on them; more than two share the two cores."""
 
-    def __init__(self, folder: Path, rate: int | None):
-        self.folder, self.hosts = folder, Hosts(2)
+    def __init__(self, folder: Path, rate: int | None, count: int = 2):
+        self.folder, self.hosts = folder, Hosts(count)
         self.running: list[subprocess.Popen] = []
         if rate:
-            for n in (1, 2):
+            for n in range(1, count + 1):
                 shape(self.hosts, n, f"{rate}mbit")
 
     def start(self, n: int, words: list) -> psutil.Process:
         """Starts a program on a machine."""
-        prefix = [*self.hosts.on(n), "taskset", "-c", str(n - 1), "env", "OMP_NUM_THREADS=1"]
+        prefix = [*self.hosts.on(n), "taskset", "-c", str((n - 1) % 2), "env", "OMP_NUM_THREADS=1"]
         with open(self.folder / f"{n}.log", "wb") as log:
             process = subprocess.Popen([*prefix, *map(str, words)], cwd=ROOT, stdout=log, stderr=log)
         self.running.append(process)
@@ -92,27 +95,32 @@ def round_rows(folder: Path) -> list[dict]:
     return rows(folder, "weights_hash") if (folder / "metrics.jsonl").exists() else []
 
 
-def measure_peers(model: Path, rate: int | None, *flags: str, quota: float = 0.0) -> dict:
-    """Returns the figures of two peers, as medians over some rounds after the first ones.
+def measure_peers(model: Path, rate: int | None, *flags: str, quota: float = 0.0, count: int = 2) -> dict:
+    """Returns the figures of some peers, as medians over some rounds after the first ones.
 
     Args:
         model: folder of the model.
         rate: of each link, in Mbit/s; None: not limited.
         flags: of both peers.
         quota: share of its core that the second peer gets; 0: all of it.
+        count: of the peers.
     """
     folder = Path(tempfile.mkdtemp())
     words = [sys.executable, "scripts/train_elastic.py", *FLAGS, "--model-name", model, "--batch-size", "4", *flags]
-    words += ["--lighthouse", "http://10.77.0.1:29510", "--min-peers", "2"]
-    with Machines(folder, rate) as machines:
-        machines.start(1, [*words, "--serve-lighthouse", "--peer-name", "a", "--output-dir", folder / "a"])
-        second = machines.start(2, [*words, "--peer-name", "b", "--output-dir", folder / "b"])
-        with CpuQuota(second, quota):
+    words += ["--lighthouse", "http://10.77.0.1:29510", "--min-peers", str(count)]
+    names = "abcd"[:count]
+    with Machines(folder, rate, count) as machines:
+        started = [
+            machines.start(n, [*words, *serves, "--peer-name", name, "--output-dir", folder / name])
+            for n, (name, serves) in enumerate(zip(names, [["--serve-lighthouse"], *[[]] * 3], strict=False), 1)
+        ]
+        with CpuQuota(started[1], quota):
             machines.wait(lambda: len(round_rows(folder / "a")) >= WARM_ROUNDS, 1200)
-            begun, before = len(round_rows(folder / "a")), sent_bytes(machines.hosts, 1)
+            begun, before = len(round_rows(folder / "a")), sent_bytes(machines.hosts, count)
             machines.wait(lambda: len(round_rows(folder / "a")) >= begun + ROUNDS, 2400)
-            after, ended = sent_bytes(machines.hosts, 1), len(round_rows(folder / "a"))
-            found = [round_rows(folder / name)[begun:ended] for name in "ab"]
+            after, ended = sent_bytes(machines.hosts, count), len(round_rows(folder / "a"))
+            machines.wait(lambda: all(len(round_rows(folder / name)) >= ended for name in names), 60)
+            found = [round_rows(folder / name)[begun:ended] for name in names]
     tokens = sum(stop - start for row in found[0] for start, stop in row["samples"]) * 256
     return {
         "tokens_per_second": tokens / sum(row["round_seconds"] for row in found[0]),
@@ -197,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file with the figures")
     parser.add_argument("--unequal", action="store_true", help="peers with speeds 3 : 1 instead of link rates")
+    parser.add_argument("--bytes", action="store_true", help="bytes of int4 and fp32 instead of link rates")
     parser.add_argument("--rates", type=int, nargs="*", default=RATES, help="Mbit/s")
     parser.add_argument("--compressions", nargs="*", default=["int4", "fp16"])
     args = parser.parse_args()
@@ -209,6 +218,11 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(figures, indent=1))
 
+    if args.bytes:
+        for count, compression in itertools.product((2, 4), ("no", "int4")):
+            flags = ["--sync-every", "10", "--outer-compression", compression]
+            add(f"{count} peers, {compression}", measure_peers(model, None, *flags, count=count))
+        return
     if args.unequal:
         add("alone", {"tokens_per_second": [measure_alone(model), measure_alone(model, 1 / 3)]})
         add("together", measure_peers(model, None, "--sync-every", "20", quota=1 / 3))

@@ -155,7 +155,7 @@ def test_all_peers_are_killed_and_started_again(peers):
 
 
 def test_the_disk_of_a_peer_is_full_for_a_while(peers, tmp_path):
-    with tmpfs(tmp_path / "birch", "24m"):
+    with tmpfs(tmp_path / "birch", "256m"):
         three = peers(3, "--checkpoint-every", 50)
         filler = tmp_path / "birch" / "filler"
         with contextlib.suppress(OSError), open(filler, "wb") as file:

@@ -60,6 +60,16 @@ def test_a_killed_peer_comes_back_and_a_new_one_gets_everything_from_the_others(
     assert samples[-1] < len(samples) + 3 * 8 * 50, "what a round has left out is trained in the next one"
 
 
+def test_a_peer_of_two_processes_trains_with_a_peer_of_one(peers, tmp_path):
+    both = peers("--min-peers", 2, "--sync-every", 10, "--max-steps", 61)
+    both.start("alder", "--serve-lighthouse", num_processes=2)
+    both.start("birch")
+    both.finish("alder", "birch")
+    assert both.check() == list(range(61 * 8))
+    assert [both.rounds(name)[-1]["num_processes"] for name in ("alder", "birch")] == [2, 1]
+    assert final(tmp_path / "alder") == final(tmp_path / "birch")
+
+
 def test_averaging_every_gradient_follows_the_losses_of_train(peers, trained, tmp_path):
     """--sync-every 1: two peers, 50 steps of the same global batch; the weights of both are equal bit for bit."""
     both = peers("--min-peers", 2, "--sync-every", 1, "--max-steps", 50, "--log-every", 1)
