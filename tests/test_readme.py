@@ -26,7 +26,7 @@ CONFIGS = {
     "make_configs": "MakeConfig",
     "check_cluster": "CheckConfig",
 }
-POSITIONAL = {"make_configs": "cluster", "check_cluster": "cluster"}
+POSITIONAL = {"make_configs": "cluster", "check_cluster": "cluster", "benchmark": "what"}
 
 
 def commands() -> list[tuple[str, list[str]]]:

@@ -1,0 +1,114 @@
+"""What checkpoints cost, in time and memory, with this machine's processor and disk.
+
+A model trains on random tokens, in turn without saves, with background saves and with foreground saves. Saving and
+resuming are compared with one plain copy of the same bytes.
+"""
+
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+from forge_lib import disk
+from forge_lib.benchmark.model import make_model
+from forge_lib.checkpoints.restore import find, load
+from forge_lib.checkpoints.saver import Saver
+from forge_lib.models.loss import loss_sum
+from forge_lib.training.throughput import peak_memory_bytes
+
+WARM_LOOPS = 6  # training loops until its peak memory no longer rises
+CPU = torch.device("cpu")
+
+
+def measure_saves(config: transformers.PretrainedConfig, folder: Path, rounds: int, steps: int) -> dict[str, float]:
+    """Returns the figures, in seconds and bytes.
+
+    Args:
+        config: of the model.
+        folder: on the disk to measure; it is removed at the end.
+        rounds: how many times each figure is taken.
+        steps: training steps per round; the save follows the second one.
+    """
+    model, optimizers, batch = make_model(config)
+    for _ in range(WARM_LOOPS):
+        train(model, optimizers, batch, steps)
+    tensors = [*model.parameters(), *(t for o in optimizers for s in o.state.values() for t in s.values())]
+
+    background, foreground = Saver(folder, keep=1), Saver(folder, keep=1, background=False)
+    background.attach(optimizers)
+    before = peak_memory_bytes(CPU)
+    train(model, optimizers, batch, steps, background)
+    background.wait()
+    memory = peak_memory_bytes(CPU) - before
+    savers = {"none": None, "background": background, "foreground": foreground}
+    loops: dict[str, list[float]] = {kind: [] for kind in savers}
+    for _ in range(rounds):
+        for kind, saver in savers.items():
+            loops[kind].append(train(model, optimizers, batch, steps, saver))
+            if saver:
+                saver.wait()
+
+    path = find(folder, "auto", {}).path
+    copy = median_seconds(rounds, lambda: plain_copy(path, folder.with_name("copy")))
+    save = median_seconds(rounds, lambda: foreground.save(1, model, optimizers, {"run": {}}))
+    resume = median_seconds(rounds, lambda: load(find(folder, "auto", {}).path, model, optimizers))
+    shutil.rmtree(folder)
+    costs = {
+        kind: statistics.median(saving - plain for saving, plain in zip(loops[kind], loops["none"], strict=True))
+        for kind in ("background", "foreground")
+    }
+    return {
+        "checkpoint_bytes": sum(t.nbytes for t in tensors),
+        "loop_seconds": statistics.median(loops["none"]),
+        "loop_cost_of_a_background_save_seconds": costs["background"],
+        "loop_cost_of_a_foreground_save_seconds": costs["foreground"],
+        "background_over_foreground": costs["background"] / costs["foreground"],
+        "peak_memory_of_a_background_save_bytes": memory,
+        "plain_copy_seconds": copy,
+        "save_seconds": save,
+        "resume_seconds": resume,
+        "save_over_copy": save / copy,
+        "resume_over_copy": resume / copy,
+    }
+
+
+def train(
+    model: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    batch: dict[str, torch.Tensor],
+    steps: int,
+    saver: Saver | None = None,
+) -> float:
+    """Trains `steps` steps, saves after the second one, and returns the seconds that this took."""
+    start = time.perf_counter()
+    for step in range(steps):
+        loss_sum(model, batch).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if saver and step == 1:
+            saver.save(1, model, optimizers, {"run": {}})
+    return time.perf_counter() - start
+
+
+def plain_copy(source: Path, target: Path) -> None:
+    """Copies a folder with `cp`, and flushes it to the disk."""
+    shutil.rmtree(target, ignore_errors=True)
+    subprocess.run(["cp", "-r", source, target], check=True)
+    for path in (*target.iterdir(), target):
+        disk.flush(path)
+
+
+def median_seconds(rounds: int, call: Callable[[], object]) -> float:
+    """Returns the median duration of a call, in seconds."""
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

@@ -1,0 +1,123 @@
+"""Measures unequal peers of train_elastic.py, and the bytes that peers send; scripts/benchmark.py measures links.
+
+    python tests/elastic/measure_peers.py unequal --output artifacts/unequal.json
+    python tests/elastic/measure_peers.py bytes --output artifacts/bytes.json
+
+Needs root and network namespaces. Each machine has one core; the model has 26 million parameters, a step has 4 x 256
+tokens. `unequal`: one of two peers gets a third of its core (a CPU quota); it is compared with the sum of both alone,
+and with two equal peers at equal tokens. `bytes`: counted at the network interface, int4 and fp32, for two and four
+peers. Nothing else should run meanwhile.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT)]
+
+from forge_lib.benchmark.model import sized_config, write_model  # noqa: E402
+from forge_lib.benchmark.network import (  # noqa: E402
+    BATCH_SIZE,
+    FLAGS,
+    Machines,
+    measure_peers,
+    measure_rounds,
+    start_peers,
+)
+
+TINY, DATA = str(ROOT / "data" / "tiny_gpt2"), str(ROOT / "data" / "sample_corpus.txt")
+SLOW = 1 / 3  # of a core
+NUM_STEPS = 240  # of both peers together, for the held-out loss
+
+
+@contextlib.contextmanager
+def cpu_quota(process: psutil.Process, share: float) -> Iterator[None]:
+    """Limits a process and its children to a share of one core, with a cgroup; 1: no limit."""
+    if share == 1:
+        yield
+        return
+    is_v2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    folder = Path("/sys/fs/cgroup" if is_v2 else "/sys/fs/cgroup/cpu") / f"forge-{process.pid}"
+    folder.mkdir()
+    if is_v2:
+        (folder / "cpu.max").write_text(f"{int(100_000 * share)} 100000")
+    else:
+        (folder / "cpu.cfs_period_us").write_text("100000")
+        (folder / "cpu.cfs_quota_us").write_text(str(int(100_000 * share)))
+    for each in (process, *process.children(recursive=True)):
+        (folder / "cgroup.procs").write_text(str(each.pid))
+    try:
+        yield
+    finally:
+        for line in (folder / "cgroup.procs").read_text().split():
+            (folder.parent / "cgroup.procs").write_text(line)
+        folder.rmdir()
+
+
+def tokens_per_second_alone(model: Path, share: float) -> float:
+    """Returns the speed of one machine with a share of its core."""
+    flags = [*FLAGS, "--model-name", model, "--dataset-path", DATA, "--batch-size", BATCH_SIZE, "--log-every", 4]
+    with Machines(2, 0) as machines:
+        process = machines.start(
+            2, [sys.executable, "scripts/train.py", *flags, "--output-dir", machines.folder / "2"]
+        )
+        with cpu_quota(process, share):
+            machines.wait(lambda: len(machines.rows("2", "loss")) >= 6)
+            return statistics.median(row["tokens_per_second"] for row in machines.rows("2", "loss")[2:])
+
+
+def speed_of_unequal_peers(model: Path) -> dict:
+    """Returns the figures of two peers, the second with a third of its core."""
+    with Machines(2, 0) as machines:
+        names = start_peers(machines, model, DATA, 2, ["--sync-every", 20])
+        with cpu_quota(machines.processes[1], SLOW):
+            return asdict(measure_rounds(machines, names, "int4, 3 : 1", 0))
+
+
+def held_out_loss(model: Path, share: float) -> float:
+    """Returns the loss after a run of two peers, the second with a share of its core."""
+    flags = ["--max-steps", NUM_STEPS, "--eval-fraction", 0.05, "--sync-every", 20, "--warmup-steps", 20]
+    with Machines(2, 0) as machines:
+        names = start_peers(machines, model, DATA, 2, flags)
+        with cpu_quota(machines.processes[1], share):
+            machines.wait(lambda: bool(machines.rows(names[0], "eval_loss")))
+            return machines.rows(names[0], "eval_loss")[-1]["eval_loss"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["unequal", "bytes"])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file with the figures")
+    args = parser.parse_args()
+    model = Path(tempfile.mkdtemp())
+    write_model(sized_config(TINY, 512, 8, False), TINY, model)
+    figures: dict = {}
+
+    def add(name: str, found: object) -> None:
+        figures[name] = found
+        print(name, json.dumps(found), flush=True)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(figures, indent=1))
+
+    if args.what == "bytes":
+        for count, compression in itertools.product((2, 4), ("no", "int4")):
+            flags = ["--sync-every", 10, "--outer-compression", compression]
+            add(f"{count} peers, {compression}", asdict(measure_peers(model, DATA, 0, compression, count, flags)))
+        return
+    add("tokens/s alone", [tokens_per_second_alone(model, share) for share in (1, SLOW)])
+    add("together", speed_of_unequal_peers(model))
+    add("held-out loss, equal and unequal", [held_out_loss(model, share) for share in (1, SLOW)])
+
+
+if __name__ == "__main__":
+    main()
