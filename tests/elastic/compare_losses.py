@@ -5,6 +5,7 @@
 Peers are simulated in one process, one after the other, with the code that real peers run: ledger, codecs, exchange
 (in memory), outer optimizer. The model is the bundled one, the text too; held-out loss after the same number of
 tokens. The baseline is one model with the global batch of all peers. Prints a table with the mean over the seeds.
+Cases that the output file has already are not run again.
 """
 
 import argparse
@@ -54,6 +55,13 @@ class Case:
     optimizer: str
     seed: int
     outer: tuple[float, float] | None = None  # learning rate and momentum; None: the defaults
+
+    @property
+    def name(self) -> str:
+        """Describes it, without the seed."""
+        how = f"H = {self.sync_every}, {self.compression}" if self.sync_every else "one global batch"
+        outer = f", outer {self.outer[0]:g} / {self.outer[1]:g}" if self.outer and self.sync_every else ""
+        return f"{self.optimizer}, {self.num_peers} peers, {how}{outer}"
 
 
 class Mailbox:
@@ -219,18 +227,18 @@ def main() -> None:
         )
         if every or compression == args.compressions[0]
     ]
-    found: dict[str, list[float]] = {}
+    found: dict[str, dict[str, float]] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    cases = [case for case in cases if str(case.seed) not in found.get(case.name, {})]
     shape = (args.steps, args.batch_size, args.sequence_length, args.learning_rate)
     with ProcessPoolExecutor(2) as pool:
         for case, loss in zip(cases, pool.map(run_case, cases, *map(itertools.repeat, shape)), strict=True):
-            how = f"H = {case.sync_every}, {case.compression}" if case.sync_every else "one global batch"
-            name = f"{case.optimizer}, {case.num_peers} peers, {how}"
-            found.setdefault(name, []).append(loss)
-            print(name, case.seed, f"{loss:.4f}", flush=True)
+            found.setdefault(case.name, {})[str(case.seed)] = loss
+            print(case.name, case.seed, f"{loss:.4f}", flush=True)
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(found, indent=1))
     for name, losses in found.items():
-        print(f"| {name} | {statistics.mean(losses):.4f} | {' '.join(f'{loss:.4f}' for loss in losses)} |")
+        values = losses.values()
+        print(f"| {name} | {statistics.mean(values):.4f} | {' '.join(f'{loss:.4f}' for loss in values)} |")
 
 
 if __name__ == "__main__":
