@@ -93,7 +93,8 @@ class Peers:
         """Waits until peers have ended well."""
         end = time.monotonic() + seconds
         for name in names:
-            ended = self.running.pop(name).finish(max(1, end - time.monotonic()))
+            running = self.running.pop(name)
+            ended = running.finish(max(1, end - running.begun))  # it counts from its start
             assert ended.code == 0, ended.output
 
     def check(self) -> list[int]:

@@ -59,7 +59,7 @@ class Peers:
         is_leaving: whether the `with` block has ended.
         on_peer_error: called with the error before this process ends because another one failed.
         was_opened: class attribute: whether this process has used a side channel, which reports errors to the others.
-        has_stuck_thread: class attribute: whether a thread of a closed side channel still waits for a silent link.
+        has_stuck_thread: class attribute: whether a thread of this process still waits for a silent link.
     """
 
     was_opened: ClassVar[bool] = False
@@ -98,7 +98,7 @@ class Peers:
                     self.on_peer_error(cause)
             self._wait_until_all_leave()
         finally:
-            Peers.has_stuck_thread = self._heartbeat.stop()
+            Peers.has_stuck_thread |= self._heartbeat.stop()
         if cause is not error:
             raise cause from None
 

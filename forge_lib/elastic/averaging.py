@@ -6,14 +6,12 @@ and sends it to all others. So each peer sends 2 (n - 1) / n of the rounded vect
 and all peers decode the same bytes.
 """
 
-import time
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 
 from forge_lib.elastic.flat import Shards
-from forge_lib.elastic.membership import PeerGroup
+from forge_lib.elastic.peer_group import PeerGroup
 
 HASH_BYTES = 16
 
@@ -57,7 +55,7 @@ def average(
     own, others = group.rank, [rank for rank in range(group.size) if rank != group.rank]
     received = {rank: torch.empty(shards.num_bytes(own), dtype=torch.uint8) for rank in others if weights[rank]}
     first = {rank: sent[rank] for rank in others} if weights[own] else {}
-    _transfer(group, first, received, 1, timeout_seconds)
+    group.transfer(first, received, 1, timeout_seconds)
     if weights[own]:
         received[own] = sent[own]
     total = owner_error.clone()
@@ -70,7 +68,7 @@ def average(
     decoded = torch.cat(shards.decode(result, own))
     data = [torch.empty(shards.num_bytes(rank), dtype=torch.uint8) for rank in range(group.size)]
     data[own] = result
-    _transfer(group, dict.fromkeys(others, result), {rank: data[rank] for rank in others}, 2, timeout_seconds)
+    group.transfer(dict.fromkeys(others, result), {rank: data[rank] for rank in others}, 2, timeout_seconds)
     num_bytes = sum(map(len, first.values())) + len(others) * len(result)
     return Result(data, total - decoded, num_bytes)
 
@@ -80,20 +78,5 @@ def all_gather_hash(group: PeerGroup, digest: bytes, timeout_seconds: float) -> 
     others = [rank for rank in range(group.size) if rank != group.rank]
     own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
     received = {rank: torch.empty(HASH_BYTES, dtype=torch.uint8) for rank in others}
-    _transfer(group, dict.fromkeys(others, own), received, 3, timeout_seconds)
+    group.transfer(dict.fromkeys(others, own), received, 3, timeout_seconds)
     return [digest if rank == group.rank else received[rank].numpy().tobytes() for rank in range(group.size)]
-
-
-def _transfer(
-    group: PeerGroup,
-    sent: dict[int, torch.Tensor],
-    received: dict[int, torch.Tensor],
-    tag: int,
-    timeout_seconds: float,
-) -> None:
-    """Sends a tensor to each of some members and receives one from each; the sizes are known on both sides."""
-    works = [group.receive(tensor, rank, tag) for rank, tensor in received.items() if len(tensor)]
-    works += [group.send(tensor, rank, tag) for rank, tensor in sent.items() if len(tensor)]
-    until = time.monotonic() + timeout_seconds
-    for work in works:
-        work.wait(timedelta(seconds=max(0.1, until - time.monotonic())))

@@ -9,9 +9,9 @@ import torch
 import xxhash
 
 from forge_lib.elastic import averaging
-from forge_lib.elastic.membership import PeerGroup
 from forge_lib.elastic.outer import SPARSE_ERROR_DECAY, default_rates
 from forge_lib.elastic.peer_facts import Member
+from forge_lib.elastic.peer_group import PeerGroup
 from forge_lib.elastic.shared_state import Commit, SharedState
 from forge_lib.peers_config import ElasticConfig
 

@@ -24,10 +24,6 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-import torch.distributed as dist
-
-from forge_lib.cluster.addresses import bracketed
 from forge_lib.distributed.peers import Peers
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.errors import UserError, exit_code, first_line
@@ -213,64 +209,12 @@ class Membership:
         return True
 
 
-class PeerGroup:
-    """A gloo group of the peers that exchange; it can be configured again after a failure.
+def new_gloo_group(timeout_seconds: float) -> Any:
+    """Returns torchft's gloo group, not connected yet; the time limit is that of connecting and of each message."""
+    _import_torchft()
+    from torchft.process_group import ProcessGroupGloo
 
-    Args:
-        address: of this peer; the members that connect to it must reach it.
-        port: of the store through which the members of a group find each other, if this peer is its first member.
-
-    Raises:
-        UserError: the port is in use.
-    """
-
-    def __init__(self, address: str, port: int):
-        try:
-            self._store = dist.TCPStore(address, port, is_master=True, wait_for_workers=False)
-        except dist.DistError as error:
-            raise UserError(f"{address}, --peer-port {port}, cannot be used: {first_line(error)}") from None
-        self.rank = self.size = 0
-        self._group: Any = None
-        self._ids: list[str] = []
-
-    def connect(self, members: list[Member], own: str, name: str, timeout_seconds: float) -> None:
-        """Connects to the other members, unless they are connected already. Call on all of them.
-
-        Args:
-            members: of the group, in the same order on each of them.
-            own: identifier of this peer.
-            name: of the group; no two groups of a run have the same one.
-            timeout_seconds: of connecting, and of each message.
-
-        Raises:
-            RuntimeError: a member does not connect.
-        """
-        ids = [member.id for member in members]
-        if ids == self._ids:
-            return
-        self.close()
-        self.rank, self.size, self._ids = ids.index(own), len(ids), ids
-        if self.size == 1:
-            return
-        first = members[0].facts
-        self._group = _import_torchft_group()(timeout=timedelta(seconds=timeout_seconds))
-        self._group.configure(f"{bracketed(first.address)}:{first.store_port}/{name}", own, self.rank, self.size)
-
-    def send(self, tensor: torch.Tensor, rank: int, tag: int) -> dist.Work:
-        """Begins to send a contiguous CPU tensor to a member."""
-        return self._group.send([tensor], rank, tag)
-
-    def receive(self, tensor: torch.Tensor, rank: int, tag: int) -> dist.Work:
-        """Begins to receive into a contiguous CPU tensor from a member."""
-        return self._group.recv([tensor], rank, tag)
-
-    def close(self) -> None:
-        """Closes the connections; the other members see a failure if they still use them."""
-        self._ids = []
-        if self._group:
-            self._group.abort(errored=False)
-            self._group.shutdown()
-            self._group = None
+    return ProcessGroupGloo(timeout=timedelta(seconds=timeout_seconds))
 
 
 def _import_torchft() -> Any:
@@ -281,12 +225,6 @@ def _import_torchft() -> Any:
     except ImportError:
         raise UserError(f"train_elastic.py needs torchft: {TORCHFT_FIX}") from None
     return coordination
-
-
-def _import_torchft_group() -> Any:
-    from torchft.process_group import ProcessGroupGloo
-
-    return ProcessGroupGloo
 
 
 def main(words: list[str]) -> None:

@@ -19,10 +19,11 @@ from forge_lib.distributed.network import interface_of
 from forge_lib.elastic.catch_up import catch_up
 from forge_lib.elastic.connecting import own_address, running_lighthouse
 from forge_lib.elastic.meeting import Exchanged, Meeting, ready_members
-from forge_lib.elastic.membership import Membership, PeerGroup, split_address
+from forge_lib.elastic.membership import Membership, split_address
 from forge_lib.elastic.others import Others
 from forge_lib.elastic.pace import LATE, plan_round
 from forge_lib.elastic.peer_facts import Member, PeerFacts
+from forge_lib.elastic.peer_group import PeerGroup
 from forge_lib.elastic.shared_state import SharedState
 from forge_lib.elastic.sharing import Shared, StateServer
 from forge_lib.elastic.work import Met, Summed, Work
@@ -303,9 +304,9 @@ class Peer:
 
     def _note_failure(self, error: RuntimeError) -> None:
         self._failures += 1
-        self._meeting.close()
         logger.warning(f"the exchange of round {self.state.round + 1} has failed: {first_line(error)}; trying again")
         self._report("exchange_failed", round=self.state.round + 1, error=first_line(error))
+        self._meeting.close()
 
     def _catch_up(self, work: Work, ready: list[Member]) -> int:
         """Gets the state of the others; returns the predicted tokens of this peer that are lost."""

@@ -83,26 +83,12 @@ class MemoryGroup:
     def __init__(self, mailbox: Mailbox, rank: int, size: int):
         self._mailbox, self.rank, self.size = mailbox, rank, size
 
-    def send(self, tensor: torch.Tensor, rank: int, tag: int) -> "MemoryGroup":
-        """Puts a copy of a tensor into the queue."""
-        self._mailbox.queue(self.rank, rank, tag).put(tensor.clone())
-        return self
-
-    def receive(self, tensor: torch.Tensor, rank: int, tag: int) -> "_Receiving":
-        """Begins to receive a tensor."""
-        return _Receiving(self._mailbox.queue(rank, self.rank, tag), tensor)
-
-    def wait(self, timeout: Any) -> None:
-        """Returns at once: a copy was sent."""
-
-
-@dataclass
-class _Receiving:
-    queue: Queue
-    tensor: torch.Tensor
-
-    def wait(self, timeout: Any) -> None:
-        self.tensor.copy_(self.queue.get(timeout=timeout.total_seconds()))
+    def transfer(self, sent: dict, received: dict, tag: int, timeout_seconds: float) -> None:
+        """Puts copies of tensors into the queues of their receivers, and waits for those that this peer receives."""
+        for rank, tensor in sent.items():
+            self._mailbox.queue(self.rank, rank, tag).put(tensor.clone())
+        for rank, tensor in received.items():
+            tensor.copy_(self._mailbox.queue(rank, self.rank, tag).get(timeout=timeout_seconds))
 
 
 class SimulatedPeer:
