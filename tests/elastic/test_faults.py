@@ -133,7 +133,8 @@ def test_a_frozen_peer_wakes_and_a_stopped_one_ends_well(peers):
     three.running["birch"].process.send_signal(signal.SIGSTOP)
     assert go_on(three, ["alder", "cedar"]) < 15
     three.running["birch"].process.send_signal(signal.SIGCONT)
-    three.wait_for_round("birch", three.last_round("alder") + 1)
+    back = three.wait_for_round("birch", three.last_round("alder") + 1)
+    assert back["tokens_lost"] > 0, "others went on without what it had computed"
     three.stop("cedar")
     go_on(three, ["alder", "birch"])
     three.stop("alder", "birch")
@@ -186,8 +187,7 @@ def test_random_kills_joins_and_stops_for_ten_minutes(peers, tmp_path):
     four.finish(*NAMES, seconds=900)
     num_samples = int(660 * rate) * BATCH_SIZE
     assert four.check() == list(range(num_samples)), "each one exactly once"
-    folders = [tmp_path / "disturbed" / name for name in NAMES]
-    assert max(row["tokens_lost"] for folder in folders for row in rows(folder, "tokens_lost")) > 0
+    assert sum(four.events(name).count("peer_lost") for name in NAMES) > 5
     calm = peers(4, *flags, folder=tmp_path / "undisturbed")
     calm.finish(*NAMES, seconds=900)
     losses = [rows(run.folder / "alder", "eval_loss")[-1] for run in (four, calm)]
