@@ -95,6 +95,7 @@ class Membership:
         self._beats = threading.Event()
         self._until = float("inf")  # no heartbeats after this time
         self._lost_at = 0.0  # when the lighthouse was lost; 0: it is there
+        self._is_loss_logged = False
         self._torchft = _import_torchft()
 
     def __enter__(self) -> "Membership":
@@ -143,8 +144,9 @@ class Membership:
     def _request(self, facts: PeerFacts) -> list[Member]:
         client = self._client or self._connect()
         if self._lost_at:
-            logger.info(f"the lighthouse {self._url} is back after {time.monotonic() - self._lost_at:.0f} s")
-            self._lost_at = 0.0
+            if self._is_loss_logged:
+                logger.info(f"the lighthouse {self._url} is back after {time.monotonic() - self._lost_at:.0f} s")
+            self._lost_at, self._is_loss_logged = 0.0, False
             time.sleep(HEARTBEAT_TIMEOUT_SECONDS)  # a new lighthouse hears of all peers before it decides
         quorum = client.quorum(
             replica_id=self.id,
@@ -179,8 +181,9 @@ class Membership:
         if is_lost:
             self._client = None
             time.sleep(HEARTBEAT_SECONDS)
-        if is_lost and not self._lost_at:
-            self._lost_at = now
+            self._lost_at = self._lost_at or now  # the heartbeats may have found out before
+        if is_lost and not self._is_loss_logged:
+            self._is_loss_logged = True
             logger.warning(f"waiting for the lighthouse {' or '.join(self._urls)}: {first_line(error)}")
             return now
         if now - noted > STATUS_SECONDS:
