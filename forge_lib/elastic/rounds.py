@@ -291,12 +291,12 @@ class Rounds:
             self.run.extra_state["elastic"] = self._peer.state.describe()
             if self.run.must_save():
                 self._peer.state.checkpoint_due()
+            if met.lost_targets:
+                self._log.lost(met.lost_targets)
             for exchanged, ready in met.exchanges:
                 self._log.committed(exchanged, done)
                 rate = self._schedule(min(self.run.step, self.run.inputs.plan.num_steps - 1))
                 self._log.round_done(self._peer, exchanged, ready, done, rate, self.run.step)
-            if met.lost_targets:
-                self._log.lost(met.lost_targets)
         if not decision.work and not decision.is_complete:
             self.run.stop(self.run.stop_request.reason() or "a stop request")
 
