@@ -1,13 +1,17 @@
 """What happens to peers on machines with their own network; `make elastic` runs these long tests."""
 
 import contextlib
+import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from commands import BIN, SHORT
+from commands import BIN, ROOT, SHORT
 from disks import tmpfs
 from elastic_peers import FLAGS, Peers
 from run_folders import rows, sha256
@@ -180,8 +184,8 @@ def test_random_kills_joins_and_stops_for_ten_minutes(peers, tmp_path):
     first, *_, last = short.rounds("alder")[1:]
     rate = (last["step"] - first["step"]) / sum(row["round_seconds"] for row in short.rounds("alder")[2:])
     short.stop(*NAMES)
-    flags = ["--max-steps", int(660 * rate), "--eval-fraction", 0.05, "--eval-every", int(60 * rate)]
-    flags += ["--checkpoint-every", 200]
+    flags = ["--dataset-path", python_sources(tmp_path), "--max-steps", int(660 * rate), "--checkpoint-every", 200]
+    flags += ["--eval-fraction", 0.005, "--eval-every", int(60 * rate)]
     four = peers(4, *flags, folder=tmp_path / "disturbed")
     disturb(four, chance=random.Random(13))
     four.finish(*NAMES, seconds=900)
@@ -194,6 +198,18 @@ def test_random_kills_joins_and_stops_for_ten_minutes(peers, tmp_path):
     print("held-out losses", losses)
     assert losses[0]["step"] == losses[1]["step"] == int(660 * rate)
     assert losses[0]["eval_loss"] == pytest.approx(losses[1]["eval_loss"], rel=0.02)
+
+
+def python_sources(folder: Path) -> Path:
+    """Returns a token store of Python's own library: as much text as the run reads, so that no text repeats."""
+    files = sorted(path for path in Path(os.__file__).parent.rglob("*.py") if "site-packages" not in path.parts)
+    with open(folder / "sources.jsonl", "w") as file:
+        for path in files:
+            file.write(json.dumps({"text": path.read_text(errors="replace")}) + "\n")
+    words = [sys.executable, "scripts/prepare_data.py", "--model-name", "data/tiny_gpt2"]
+    words += ["--dataset-path", folder / "sources.jsonl", "--output-dir", folder / "store"]
+    subprocess.run([*map(str, words)], cwd=ROOT, check=True)
+    return folder / "store"
 
 
 def disturb(four: Peers, chance: random.Random) -> None:
