@@ -6,6 +6,7 @@
     mixed_precision: auto           # no, bf16, fp16, auto
     lighthouse: alice               # with --elastic: the machine that runs the lighthouse; else the main machine
     lighthouse_port: 29510
+    peer_port: 29511                # with --elastic: of each machine; the next one is used too
     machines:                       # the first one is the main machine
       - {name: alice, address: 10.77.0.1, processes: 2}
       - {name: bob, address: 10.77.0.2, processes: 1}
@@ -28,6 +29,7 @@ import yaml
 from forge_lib.cluster.addresses import as_ip, normalized
 from forge_lib.cluster.mistakes import find_mistakes
 from forge_lib.errors import UserError
+from forge_lib.peers_config import PEER_PORT
 
 SectionT = TypeVar("SectionT")
 
@@ -76,6 +78,7 @@ class Cluster:
     mixed_precision: str = "auto"
     lighthouse: str = ""
     lighthouse_port: int = 29510
+    peer_port: int = PEER_PORT
     wireguard: WireGuard | None = None
 
     @property

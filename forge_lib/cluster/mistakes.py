@@ -22,7 +22,8 @@ def find_mistakes(cluster: "Cluster") -> list[str]:
         mistakes.append(f"name is {cluster.name!r:.99}, expected letters, digits, '-', '_' and '.'")
     mistakes += _check_choice("device", cluster.device, DEVICES)
     mistakes += _check_choice("mixed_precision", cluster.mixed_precision, PRECISIONS)
-    mistakes += _check_port("port", cluster.port) + _check_port("lighthouse_port", cluster.lighthouse_port)
+    for name in ("port", "lighthouse_port", "peer_port"):
+        mistakes += _check_port(name, getattr(cluster, name))
     if cluster.lighthouse:
         mistakes += _check_choice("lighthouse", cluster.lighthouse, tuple(each.name for each in cluster.machines))
     for machine in cluster.machines:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge_lib.cluster.cluster_file import Cluster
-from forge_lib.peers_config import PEER_PORT
 
 KERNEL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
@@ -35,7 +34,7 @@ def kernel_ports() -> tuple[int, int]:
 
 def used_ports(cluster: Cluster) -> list[Port]:
     """Returns the ports that train.py and train_elastic.py use on the machines of a cluster."""
-    lighthouse = cluster.lighthouse_port
+    lighthouse, peer = cluster.lighthouse_port, cluster.peer_port
     return [
         Port(cluster.port, cluster.port, cluster.main.name, "train.py", "port in cluster.yaml"),
         Port(
@@ -45,6 +44,6 @@ def used_ports(cluster: Cluster) -> list[Port]:
             "lighthouse of train_elastic.py",
             "lighthouse_port in cluster.yaml",
         ),
-        Port(PEER_PORT, PEER_PORT + 1, "", "peers of train_elastic.py", "--peer-port"),
+        Port(peer, peer + 1, "", "peers of train_elastic.py", "peer_port in cluster.yaml"),
         Port(*kernel_ports(), "", "gloo and NCCL", "sysctl net.ipv4.ip_local_port_range"),
     ]

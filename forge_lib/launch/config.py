@@ -49,6 +49,7 @@ def place(config: ForgeConfig, cluster: Cluster, machine: Machine) -> ForgeConfi
             "lighthouse": f"http://{bracketed(cluster.address(cluster.lighthouse_machine))}:{cluster.lighthouse_port}",
             "serve_lighthouse": machine is cluster.lighthouse_machine,
             "peer_name": machine.name,
+            "peer_port": cluster.peer_port,
             "peer_address": cluster.address(machine),
         }
     else:

@@ -11,6 +11,7 @@ LAB = """
 name: home-lab
 lighthouse: bob
 lighthouse_port: 29700
+peer_port: 29711
 machines:
   - {name: alice, address: 10.77.0.1, processes: 2}
   - {name: bob, address: "fd00::2"}
@@ -31,6 +32,7 @@ def test_each_machine_is_a_peer_and_the_named_one_has_the_lighthouse(lab):
     assert (alice.serve_lighthouse, bob.serve_lighthouse) == (False, True)
     assert (alice.peer_name, alice.peer_address) == ("alice", "10.77.0.1")
     assert (alice.num_nodes, alice.processes_per_node) == (1, 2)
+    assert alice.peer_port == bob.peer_port == 29711
 
 
 def test_without_elastic_the_machines_are_one_world(lab):
