@@ -4,7 +4,7 @@
 
 Peers are simulated in one process, one after the other, with the code that real peers run: ledger, codecs, exchange
 (in memory), outer optimizer. The model is the bundled one, the text too; held-out loss after the same number of
-tokens. The baseline is one model with the global batch of all peers. Prints a table with the mean over the seeds.
+tokens. The baseline is one model with the global batch of all peers: H = 1 without compression. Prints a table with the mean over the seeds.
 Cases that the output file has already are not run again.
 """
 
@@ -102,19 +102,45 @@ class SimulatedPeer:
 
     def train(self, config: ElasticConfig, dataset, blocks: np.ndarray, rate: float) -> None:
         """Makes one step."""
-        set_learning_rate(self.optimizers, rate)
+        self.compute_gradient(dataset, blocks)
+        self.update(config, rate)
+
+    def compute_gradient(self, dataset, blocks: np.ndarray) -> None:
+        """Computes the gradient of the mean loss of some blocks."""
         loss_sum(self.model, read_batch(dataset, blocks.tolist())).div(dataset.num_targets(blocks)).backward()
+
+    def update(self, config: ElasticConfig, rate: float) -> None:
+        """Changes the weights, and drops the gradient."""
+        set_learning_rate(self.optimizers, rate)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
 
-def exchange(peers: list[SimulatedPeer], case: Case) -> None:
+def average_gradients(peers: list[SimulatedPeer], case: Case) -> None:
+    """Gives each peer the average of all gradients, as --sync-every 1 sends them."""
+    gradients = []
+    for peer in peers:
+        gradient = torch.empty(peer.outer.flat.total)
+        peer.outer.flat.read_gradients(gradient)
+        gradients.append(gradient.add_(peer.outer.error))
+    average = average_vectors(peers, gradients, case)
+    for peer in peers:
+        peer.outer.flat.write_gradients(average)
+
+
+def exchange_changes(peers: list[SimulatedPeer], case: Case) -> None:
     """Averages the changes of all peers, and applies the result to each."""
+    update = average_vectors(peers, [peer.outer.change() for peer in peers], case)
+    for peer in peers:
+        peer.outer.step(update, *(case.outer or default_rates(len(peers), case.compression)))
+
+
+def average_vectors(peers: list[SimulatedPeer], changes: list[torch.Tensor], case: Case) -> torch.Tensor:
+    """Returns the average of a vector of each peer as they would receive it; keeps what the rounding leaves out."""
     flat, mailbox, results = peers[0].outer.flat, Mailbox(), [None] * len(peers)
     shards = Shards(flat.num_matrix, flat.num_vector, len(peers), CODECS[case.compression])
-    changes = [peer.outer.change() for peer in peers]
     sent = [[shards.encode(change, index) for index in range(len(peers))] for change in changes]
 
     def run(rank: int) -> None:
@@ -138,7 +164,7 @@ def exchange(peers: list[SimulatedPeer], case: Case) -> None:
         if not shards.codec.is_exact:
             peer.outer.keep_error(changes[rank], sent[rank], shards, decay)
         peer.owner_error = results[rank].owner_error.mul_(decay)
-        peer.outer.step(update, *(case.outer or default_rates(len(peers), case.compression)))
+    return update
 
 
 def run_case(case: Case, steps: int, batch_size: int, sequence_length: int, rate: float) -> float:
@@ -170,8 +196,16 @@ def run_case(case: Case, steps: int, batch_size: int, sequence_length: int, rate
         parts = [ledger.samples_of(index, len(peers), count, batch_size) for index in range(len(peers))]
         for peer, part in zip(peers, parts, strict=True):
             for step, samples in enumerate(part):
-                peer.train(config, dataset, plan.blocks(samples), schedule((done + step) * case.num_peers))
-        exchange(peers, case)
+                if case.sync_every == 1:
+                    peer.compute_gradient(dataset, plan.blocks(samples))
+                else:
+                    peer.train(config, dataset, plan.blocks(samples), schedule((done + step) * case.num_peers))
+        if case.sync_every == 1:
+            average_gradients(peers, case)
+            for peer in peers:
+                peer.update(config, schedule(done * case.num_peers))
+        else:
+            exchange_changes(peers, case)
         ledger.commit(np.concatenate([samples for part in parts for samples in part]).tolist())
         done += count
     return held_out_loss(peers[0].model, held_out)
@@ -193,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file with the losses")
     parser.add_argument("--peers", type=int, nargs="*", default=[2, 4])
-    parser.add_argument("--sync-every", type=int, nargs="*", default=[0, 10, 20, 50])
+    parser.add_argument("--sync-every", type=int, nargs="*", default=[0, 1, 10, 20, 50])
     parser.add_argument("--compressions", nargs="*", default=["no", "int8", "int4", "sparse"])
     parser.add_argument("--optimizers", nargs="*", default=["adamw", "muon"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -211,7 +245,7 @@ def main() -> None:
         for optimizer, peers, every, compression, seed in itertools.product(
             args.optimizers, args.peers, args.sync_every, args.compressions, args.seeds
         )
-        if every or compression == args.compressions[0]
+        if every > 1 or (every == 1 and compression != "no") or (not every and compression == args.compressions[0])
     ]
     found: dict[str, dict[str, float]] = json.loads(args.output.read_text()) if args.output.exists() else {}
     cases = [case for case in cases if str(case.seed) not in found.get(case.name, {})]
