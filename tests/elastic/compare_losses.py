@@ -4,8 +4,8 @@
 
 Peers are simulated in one process, one after the other, with the code that real peers run: ledger, codecs, exchange
 (in memory), outer optimizer. The model is the bundled one, the text too; held-out loss after the same number of
-tokens. The baseline is one model with the global batch of all peers: H = 1 without compression. Prints a table with the mean over the seeds.
-Cases that the output file has already are not run again.
+tokens. The baseline is one model with the global batch of all peers, which is H = 1 without compression. Prints a
+table with the mean over the seeds. Cases that the output file has already are not run again.
 """
 
 import argparse
