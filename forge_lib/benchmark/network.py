@@ -42,7 +42,7 @@ MODES = {
 
 @dataclass(frozen=True)
 class NetworkFigure:
-    """Two machines over a link; medians.
+    """Two machines over a link; medians, but means of the bytes and of the tokens/s of train_elastic.py.
 
     Attributes:
         mode: a key of MODES.

@@ -179,10 +179,7 @@ def test_the_disk_of_a_peer_is_full_for_a_while(peers, tmp_path):
 
 
 def test_random_kills_joins_and_stops_for_ten_minutes(peers, tmp_path):
-    """Seeded: 30 events in a run that ends; then the same run without them, whose held-out loss must not be lower.
-
-    It may be higher: with fewer peers at a time, the same number of tokens has more rounds.
-    """
+    """Seeded: 30 events in a run that ends; then the same run without them, which the held-out losses must equal."""
     short = peers(4)
     first, *_, last = short.rounds("alder")[1:]
     rate = (last["step"] - first["step"]) / sum(row["round_seconds"] for row in short.rounds("alder")[2:])
@@ -200,7 +197,9 @@ def test_random_kills_joins_and_stops_for_ten_minutes(peers, tmp_path):
     losses = [rows(run.folder / "alder", "eval_loss")[-1] for run in (four, calm)]
     print("held-out losses", losses)
     assert losses[0]["step"] == losses[1]["step"] == int(660 * rate)
-    assert losses[0]["eval_loss"] < 1.02 * losses[1]["eval_loss"]
+    assert losses[0]["eval_loss"] == pytest.approx(losses[1]["eval_loss"], rel=0.02)
+    folders = [tmp_path / "disturbed" / name for name in NAMES]
+    assert max(row["tokens_lost"] for folder in folders for row in rows(folder, "tokens_lost")) > 0
 
 
 def python_sources(folder: Path) -> Path:
