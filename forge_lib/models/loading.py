@@ -19,6 +19,7 @@ from torch import nn
 from forge_lib.config import ModelConfig, ModelNameConfig
 from forge_lib.errors import UserError, first_line
 from forge_lib.models.checking import check_gradient
+from forge_lib.models.loss import add_loss
 from forge_lib.models.weight_files import (
     check_loaded_keys,
     check_no_pointers,
@@ -58,7 +59,7 @@ def load_trained_model(
     check_weight_files(config.model_name)
     model = _drop_unknown_use_cache(_load_weights(config)).eval()
     check_fit(model.config, vocab_size, sequence_length, _num_reserved_positions(model))
-    return model
+    return add_loss(model)
 
 
 def load_model(config: ModelConfig, vocab_size: int, sequence_length: int) -> transformers.PreTrainedModel:
@@ -94,7 +95,7 @@ def load_model(config: ModelConfig, vocab_size: int, sequence_length: int) -> tr
     else:
         model = _load(transformers.AutoModelForCausalLM.from_config, config, model_config, dtype=torch.float32)
     check_fit(model.config, vocab_size, sequence_length, _num_reserved_positions(model))
-    return _drop_unknown_use_cache(model).train()
+    return add_loss(_drop_unknown_use_cache(model).train())
 
 
 def adapt_model(model: transformers.PreTrainedModel, config: ModelConfig) -> nn.Module:
