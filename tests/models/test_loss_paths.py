@@ -21,7 +21,9 @@ WHOLE = ("gemma2",)
 def build(kind: str, **options) -> transformers.PreTrainedModel:
     """Returns a small model of a family, without dropout."""
     known = set(transformers.AutoConfig.for_model(kind).to_dict())
-    config = transformers.AutoConfig.for_model(kind, **{name: SMALL[name] for name in SMALL if name in known}, **options)
+    config = transformers.AutoConfig.for_model(
+        kind, **{name: SMALL[name] for name in SMALL if name in known}, **options
+    )
     for name in known:
         if "pdrop" in name or "dropout" in name:
             setattr(config, name, 0.0)
