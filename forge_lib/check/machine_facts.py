@@ -18,6 +18,7 @@ from forge_lib.config import flag_name
 from forge_lib.data.files import content_fingerprint
 from forge_lib.distributed.facts import LIBRARIES, differing_versions, versions
 from forge_lib.distributed.network import interface_of, is_public
+from forge_lib.distributed.threads import available_cores
 from forge_lib.errors import UserError
 
 PROTOCOL = 2  # incompatible versions of the program have different numbers
@@ -205,7 +206,7 @@ def machine_facts(
         versions=versions(),
         processes=machine.processes,
         device=torch.cuda.get_device_name(0) if uses_gpu else "cpu",
-        cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+        cores=available_cores(),
         memory_bytes=memory,
         free_bytes=shutil.disk_usage(folder).free,
         dataset=content_fingerprint(dataset_path) if dataset_path else "",

@@ -1,7 +1,6 @@
 """Worker processes that form the process group of a run, and measure it; one group of workers per machine."""
 
 import multiprocessing
-import os
 import signal
 import statistics
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from multiprocessing.pool import AsyncResult
 from multiprocessing.synchronize import Barrier
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -19,6 +17,7 @@ from forge_lib.cluster.cluster_file import Cluster, Machine
 from forge_lib.distributed.agreement import Agreement
 from forge_lib.distributed.peers import Peers
 from forge_lib.distributed.speed import ALL_REDUCE_BYTES, all_reduce_seconds
+from forge_lib.distributed.threads import set_threads
 from forge_lib.errors import PeerLostError, first_line
 from forge_lib.process import World, die_with_parent
 
@@ -127,9 +126,8 @@ def _call_together(task: tuple[Prepare, Place, tuple]) -> Any:
     try:
         if place.device == "cuda":
             torch.cuda.set_device(place.world.local_process_index)
-        elif "OMP_NUM_THREADS" not in os.environ:  # as accelerate's launcher sets it
-            num_cores = psutil.cpu_count(logical=False) or 1
-            torch.set_num_threads(max(1, num_cores // place.world.num_local_processes))
+        else:
+            set_threads(place.world)
         measure = prepare(place, *args)
         _barrier.wait()
     except BaseException:

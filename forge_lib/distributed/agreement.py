@@ -111,8 +111,8 @@ def _warn_about_machines(processes: list[ProcessFacts]) -> list[str]:
         used = process.threads * process.num_local_processes
         if process.device == "cpu" and used <= process.cores // 2:
             warnings.append(
-                f"{process.host} computes with {used} of its {process.cores} cores; write `use_cpu: true` in the "
-                "YAML, or set OMP_NUM_THREADS"
+                f"{process.host} computes with {used} of its {process.cores} cores: OMP_NUM_THREADS is set; "
+                "without it, each process gets its share of the cores"
             )
     return warnings
 

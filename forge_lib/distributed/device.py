@@ -6,12 +6,15 @@ import socket
 import torch
 from accelerate.utils import str_to_bool
 
+from forge_lib.distributed.threads import set_threads
 from forge_lib.errors import UserError
 from forge_lib.process import World
 
 
 def choose_device(wanted: str, world: World) -> str:
-    """Returns "cuda" and makes this process's GPU the current one, or "cpu", or "mps" for one process on a Mac.
+    """Returns "cuda" and makes this process's GPU the current one; or "cpu" and sets the number of threads; or "mps".
+
+    "mps" is for one process on a Mac.
 
     Args:
         wanted: --device: "auto", "cpu" or "cuda".
@@ -26,6 +29,7 @@ def choose_device(wanted: str, world: World) -> str:
             raise UserError(f"--device cuda: torch {torch.__version__} finds no GPU on {socket.gethostname()}")
         if not use_cpu and world.num_processes == 1 and torch.backends.mps.is_available():
             return "mps"
+        set_threads(world)
         return "cpu"
     if world.num_local_processes > torch.cuda.device_count():
         raise UserError(

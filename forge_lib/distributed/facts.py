@@ -7,12 +7,12 @@ import socket
 import sys
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 
 from forge_lib.config import WorldConfig
 from forge_lib.distributed.network import choose_interface, is_public
 from forge_lib.distributed.speed import matmul_flops
+from forge_lib.distributed.threads import available_cores
 from forge_lib.process import World
 
 LIBRARIES = ("torch", "accelerate", "transformers")
@@ -31,7 +31,7 @@ class ProcessFacts:
         is_public: whether that address is reachable from the internet.
         device, device_name: "cpu", "cuda" or "mps", and the GPU's product name.
         threads: threads per process on a CPU; 0 on other devices.
-        cores: physical cores of the machine.
+        cores: physical cores of the machine that the process may use.
         num_local_processes: processes on the machine.
         instructions: instruction set on a CPU, such as "AVX2".
         flops: measured FLOP/s of matrix products: "fp32", and "bf16" only if that is clearly faster.
@@ -97,7 +97,7 @@ def local_facts(config: WorldConfig, world: World, device: str) -> ProcessFacts:
         device=device,
         device_name=torch.cuda.get_device_name() if device == "cuda" else device,
         threads=torch.get_num_threads() if on_cpu else 0,
-        cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+        cores=available_cores(),
         num_local_processes=world.num_local_processes,
         instructions=torch.backends.cpu.get_cpu_capability() if on_cpu else "",
         flops=measure_flops(device),

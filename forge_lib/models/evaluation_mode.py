@@ -1,9 +1,10 @@
-"""Evaluation mode that leaves a model as it was."""
+"""Evaluation mode that leaves a model as it was, and compiles nothing."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -21,6 +22,7 @@ def evaluation_mode(model: nn.Module, use_copy: bool = False) -> Iterator[nn.Mod
     evaluated = copy.deepcopy(model) if use_copy else model
     evaluated.eval()
     try:
-        yield evaluated
+        with torch.compiler.set_stance("force_eager"):  # its batches have other shapes
+            yield evaluated
     finally:
         model.train(was_training)

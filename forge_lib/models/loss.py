@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from forge_lib.config import IGNORED_LABEL
 from forge_lib.errors import first_line
-from forge_lib.models.chunked_loss import chunked_evaluation_sums, chunked_loss_sum
+from forge_lib.models.chunked_loss import chunked_evaluation_sums, chunked_loss_sum, slice_rows
 
 NUM_TOKENS = 8  # of the passes that check a model
 TOLERANCE = 1e-5  # relative to the largest logit: rounding alone differs by 1e-6
@@ -84,6 +84,13 @@ def add_loss(model: transformers.PreTrainedModel) -> transformers.PreTrainedMode
     model.full_logits_reason = _full_logits_reason(model)
     model.forward = types.MethodType(forward, model)  # a method: a deep copy of the model gets its own
     return model
+
+
+def describe_loss(model: nn.Module) -> str:
+    """Returns a sentence for the log: whether the loss of a model with `add_loss` is computed in slices."""
+    if model.full_logits_reason:
+        return f"the loss needs memory for all logits: {model.full_logits_reason}"
+    return f"the loss is computed in slices of {slice_rows(model.get_output_embeddings().out_features):,} predictions"
 
 
 @torch.no_grad()

@@ -91,6 +91,7 @@ def settle_buckets(
     """
     if accelerator.num_processes > 2:
         batch = {name: tensor[None].to(accelerator.device) for name, tensor in block.items()}
-        accelerator.backward(loss_sum(model, batch))
+        with torch.compiler.set_stance("force_eager"):
+            accelerator.backward(loss_sum(model, batch))
         for optimizer in optimizers:
             optimizer.zero_grad()

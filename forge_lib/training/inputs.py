@@ -20,6 +20,7 @@ from forge_lib.distributed.facts import InputFacts
 from forge_lib.models.checking import check_model
 from forge_lib.models.fingerprints import hash_config, hash_weights
 from forge_lib.models.loading import adapt_model, load_model, load_tokenizer, model_exists
+from forge_lib.models.loss import describe_loss
 from forge_lib.models.weight_files import has_weights
 from forge_lib.training.fetch import fetch
 from forge_lib.training.log import describe_batches
@@ -124,7 +125,7 @@ def load_inputs(session: Session) -> Inputs:
         "initial_weights": "random" if is_random else weights
     }
     notes = ["random weights" + (" (--from-scratch)" if config.from_scratch else ": the model folder has none")]
-    notes = (notes if is_random else []) + describe_store(store, tokenizer, config)
+    notes = (notes if is_random else []) + [describe_loss(model)] + describe_store(store, tokenizer, config)
     if eval_store is not store:
         eval_data = dataclasses.replace(config, dataset_path=config.eval_dataset_path, eval_dataset_path="")
         notes += describe_store(eval_store, tokenizer, eval_data)

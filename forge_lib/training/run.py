@@ -204,7 +204,7 @@ class Run:
             self.step_log.start_step()
             self.peers.set_status("reading its batch")
             self.inputs.store.check_unchanged()
-            self._share = share_of(blocks, self._shares, rank)
+            self._share, self._num_blocks = share_of(blocks, self._shares, rank), len(blocks)
             batch = read_batch(self.inputs.dataset, self._share, pin_memory=accelerator.device.type == "cuda")
             self.step_log.batch_read()
             self.peers.set_status("computing")
@@ -218,8 +218,10 @@ class Run:
 
     def micro_batches(self, batch: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
         """Yields (micro-batch on the device, whether it is the last one), of up to --micro-batch-size sequences."""
-        for micro_batch, is_last in micro_batches(batch, self.config.micro_batch_size):
-            yield {name: t.to(self.accelerator.device, non_blocking=True) for name, t in micro_batch.items()}, is_last
+        is_short = self._num_blocks < self.config.batch_size  # the last batch of a run: nothing is compiled for it
+        with torch.compiler.set_stance("force_eager" if is_short else "default"):
+            for each, is_last in micro_batches(batch, self.config.micro_batch_size):
+                yield {name: t.to(self.accelerator.device, non_blocking=True) for name, t in each.items()}, is_last
         self.step_log.sync.backward_done()
 
     def begin_totals(self, losses: list[torch.Tensor]) -> None:

@@ -134,7 +134,7 @@ def test_a_public_main_address_and_idle_cores_are_each_warned_of_once():
     idle = replace(BOB, cores=8)
     public_warning, idle_warning = agree([replace(ALICE, is_public=True), idle, idle], WorldConfig()).warnings
     assert "anyone who can reach 10.0.0.1 port 29500 can join this run and read its data" in public_warning
-    assert "bob computes with 2 of its 8 cores; write `use_cpu: true` in the YAML" in idle_warning
+    assert "bob computes with 2 of its 8 cores: OMP_NUM_THREADS is set" in idle_warning
     assert agree([ALICE, ALICE], WorldConfig()).warnings == []
 
 
