@@ -19,7 +19,7 @@ from forge_lib.benchmark.model import make_model
 from forge_lib.checkpoints.restore import find, load
 from forge_lib.checkpoints.saver import Saver
 from forge_lib.models.loss import loss_sum
-from forge_lib.training.throughput import peak_memory_bytes
+from forge_lib.training.memory import PeakMemory
 
 WARM_LOOPS = 6  # training loops until its peak memory no longer rises
 CPU = torch.device("cpu")
@@ -41,10 +41,12 @@ def measure_saves(config: transformers.PretrainedConfig, folder: Path, rounds: i
 
     background, foreground = Saver(folder, keep=1), Saver(folder, keep=1, background=False)
     background.attach(optimizers)
-    before = peak_memory_bytes(CPU)
+    memory = PeakMemory(CPU)
+    train(model, optimizers, batch, steps)
+    peak = memory.pop()
     train(model, optimizers, batch, steps, background)
     background.wait()
-    memory = peak_memory_bytes(CPU) - before
+    save_memory = memory.pop() - peak
     savers = {"none": None, "background": background, "foreground": foreground}
     loops: dict[str, list[float]] = {kind: [] for kind in savers}
     for _ in range(rounds):
@@ -68,7 +70,7 @@ def measure_saves(config: transformers.PretrainedConfig, folder: Path, rounds: i
         "loop_cost_of_a_background_save_seconds": costs["background"],
         "loop_cost_of_a_foreground_save_seconds": costs["foreground"],
         "background_over_foreground": costs["background"] / costs["foreground"],
-        "peak_memory_of_a_background_save_bytes": memory,
+        "peak_memory_of_a_background_save_bytes": save_memory,
         "plain_copy_seconds": copy,
         "save_seconds": save,
         "resume_seconds": resume,

@@ -52,7 +52,7 @@ class Saver:
         """
         self.folder, self.keep, self.keep_best, self.background = folder, keep, keep_best, background
         self.last_step = -1  # of the newest checkpoint that this saver has written
-        self._copied: Future[Tensors] | None = None  # the last save's copy of the tensors; the next reuses its memory
+        self._copied: Future[Tensors] | None = None  # the copy of the running save
         self._written: Future[None] | None = None
         self._outcomes: deque[Outcome] = deque()
 
@@ -88,8 +88,7 @@ class Saver:
         if not self.background:
             self._report(self._write(step, _on_cpu(tensors), text, start))
             return
-        buffers = self._copied.result() if self._copied and not self._copied.exception() else {}
-        self._copied = checkpoint.in_thread(partial(copy_tensors, tensors, buffers))
+        self._copied = checkpoint.in_thread(partial(copy_tensors, tensors))
         self._written = checkpoint.in_thread(partial(self._write_copy, step, self._copied, text, start))
         if any(p.device.type != "cpu" for p in model.parameters()):
             self.wait_for_copy()
@@ -103,7 +102,6 @@ class Saver:
         """
         self.wait()
         start = time.monotonic()
-        self._copied = None  # it may be in pinned memory, which a forked child cannot rely on
         text, tensors = _state_text(state, step), _on_cpu(checkpoint.collect_tensors(model, optimizers))
 
         def write() -> bytes:
@@ -117,8 +115,8 @@ class Saver:
 
     def wait_for_copy(self) -> None:
         """Waits until the last save no longer reads the model's and the optimizers' tensors."""
-        if self._copied is not None:
-            wait([self._copied])
+        if copied := self._copied:
+            wait([copied])
 
     def wait(self) -> None:
         """Waits until no save is running."""
@@ -138,12 +136,15 @@ class Saver:
         try:
             tensors = copied.result()
         except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError
+            self._copied = None
             problem = f"its tensors could not be copied in memory: {error}"
             self._report(Outcome(step, None, problem, time.monotonic() - start))
             return
         if sys.platform == "linux":  # elsewhere a thread cannot have its own priority
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        self._report(self._write(step, tensors, text, start, parallel=False))  # training may need a second core
+        outcome = self._write(step, tensors, text, start, parallel=False)  # training may need a second core
+        self._copied = None  # frees its memory
+        self._report(outcome)
 
     def _write(self, step: int, tensors: Tensors, text: bytes, start: float, parallel: bool = True) -> Outcome:
         path, error = None, ""
@@ -163,15 +164,13 @@ class Saver:
         self._outcomes.append(outcome)
 
 
-def copy_tensors(tensors: Tensors, buffers: Tensors) -> Tensors:
-    """Copies tensors into the buffers that fit, else into new memory: pinned memory for tensors on a GPU."""
+def copy_tensors(tensors: Tensors) -> Tensors:
+    """Copies tensors into CPU memory: pinned memory for tensors on a GPU."""
     copies: Tensors = {}
     for file, named in tensors.items():
         copies[file] = {}
         for name, t in named.items():
-            buffer = buffers.get(file, {}).get(name)
-            if buffer is None or buffer.shape != t.shape or buffer.dtype != t.dtype:
-                buffer = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+            buffer = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
             copies[file][name] = buffer.copy_(t, non_blocking=t.is_cuda)
     for device in {t.device for named in tensors.values() for t in named.values() if t.is_cuda}:
         torch.cuda.synchronize(device)  # named explicitly: the current device of a new thread is always the first

@@ -36,6 +36,27 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def reliable_matmul_flops(device: str, dtype: torch.dtype, seconds: float = 0.5) -> float | None:
+    """Returns the speed of large matrix products, in FLOP/s, or None if other work has disturbed the measurement.
+
+    Call on all processes of a machine at the same time: they share its memory and its power.
+
+    Args:
+        device, dtype: of the matrices.
+        seconds: how long it measures. The speed is that of the fastest product; another one must be as fast, to 5 %.
+    """
+    size = 1024 if device == "cpu" else 8192
+    left, right = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
+    time_call(lambda: left @ right, device)
+    taken: list[float] = []
+    while sum(taken) < seconds or len(taken) < 3:
+        taken.append(time_call(lambda: left @ right, device))
+        if taken[-1] > seconds:
+            break
+    fastest, *others = sorted(taken)
+    return 2 * size**3 / fastest if others and others[0] < 1.05 * fastest else None
+
+
 def copy_bandwidth(device: str) -> float:
     """Returns the bytes per second that a large copy in the device's memory reads and writes: the best of five."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)

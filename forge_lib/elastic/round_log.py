@@ -12,7 +12,6 @@ from forge_lib.elastic.work import Work
 from forge_lib.peers_config import ElasticConfig
 from forge_lib.training.anomalies import SpikeDetector
 from forge_lib.training.run import Run
-from forge_lib.training.throughput import peak_memory_bytes
 
 logger = logging.getLogger("forge")
 
@@ -94,7 +93,7 @@ class RoundLog:
             "sync_seconds": self._sync_seconds,
             "bytes_sent": self._num_bytes,
             "mfu": self._run.step_log.model_flops_utilization(own.targets / seconds),
-            "peak_memory_bytes": peak_memory_bytes(self._run.accelerator.device),
+            "peak_memory_bytes": self._run.step_log.memory.pop(),
             "num_processes": self._run.accelerator.num_processes,
             "round": commit.round + 1,
             "round_seconds": seconds,

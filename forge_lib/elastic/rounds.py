@@ -144,6 +144,7 @@ class Rounds:
             The learning rate of this peer's steps: lower at first if it joins peers that train already.
         """
         self._log, self._schedule = RoundLog(self.run, self.config), learning_rate
+        self.run.step_log.measure_peak_flops()
         saved = self.run.saved_state("elastic")
         if self.config.sync_every == 1 and self.run.world.num_processes > 1:
             raise UserError(

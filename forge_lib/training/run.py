@@ -27,6 +27,7 @@ from forge_lib.process import World, die_with_launcher
 from forge_lib.training import log as messages
 from forge_lib.training.gradient_sync import settle_buckets
 from forge_lib.training.inputs import Inputs, load_inputs, log_start
+from forge_lib.training.memory import PeakMemory
 from forge_lib.training.nonfinite import NonFiniteSteps
 from forge_lib.training.periodic import Periodic
 from forge_lib.training.resume import resume
@@ -144,7 +145,8 @@ class Run:
         """
         self._state, lines = resume(self.session, self.inputs, optimizers)
         self.log = messages.MetricsLog(self.session.folder, self.accelerator.is_main_process)
-        self._saving = Saving(self.session, self.log, self.accelerator.is_main_process)
+        memory = self._memory = PeakMemory(self.accelerator.device)
+        self._saving = Saving(self.session, self.log, memory, self.accelerator.is_main_process)
         self._saving.saver.attach(optimizers)
         if self._state and self._lock.held and not self._saving.enabled:
             self._saving.saver.prune(self._state["step"])  # a machine without checkpoints keeps what it was sent
@@ -170,7 +172,9 @@ class Run:
             scaler.load_state_dict(state["scaler"])
         self._optimizers, self._saved_optimizers = optimizers, [*optimizers, *also_save]
         self._nonfinite = NonFiniteSteps(self.config, self.accelerator, self.log)
-        self.step_log = StepLog(self.config, self.session, self.inputs, self.accelerator, self.log, model)
+        self.step_log = StepLog(
+            self.config, self.session, self.inputs, self.accelerator, self.log, self._memory, model
+        )
         self._set_step(state["step"] if state else 0)
         self._periodic = Periodic(self.step, self.inputs.plan.num_steps)
         self._write_run_json()

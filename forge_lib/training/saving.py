@@ -11,6 +11,7 @@ from forge_lib.checkpoints.saver import Saver
 from forge_lib.distributed.peers import HANG_SECONDS
 from forge_lib.errors import RESUME_HINT, UserError
 from forge_lib.training.log import MetricsLog
+from forge_lib.training.memory import PeakMemory
 from forge_lib.training.session import Session
 
 logger = logging.getLogger("forge")
@@ -39,11 +40,13 @@ class Saving:
     Args:
         session: the processes.
         log: where events are written.
+        memory: measures the peak of each save.
         is_main: whether this is the main process.
     """
 
-    def __init__(self, session: Session, log: MetricsLog, is_main: bool):
+    def __init__(self, session: Session, log: MetricsLog, memory: PeakMemory, is_main: bool):
         self._session, self._peers, self._log, self._is_main = session, session.peers, log, is_main
+        self._memory = memory
         self._failed: list[FailedSave] = []  # of this process, not yet reported to the others
         self.enabled = session.lock.held and session.is_checkpoint_machine()  # whether this process writes
         config = session.config
@@ -62,6 +65,7 @@ class Saving:
         """
         self.finish_running(f"save/{step}")
         if self.enabled:
+            self._memory.begin_save()
             self.saver.save(step, model, optimizers, state)
         if not self._session.config.checkpoint_async:
             self._peers.barrier(f"saved/{step}")
@@ -74,6 +78,7 @@ class Saving:
         """
         self.finish_running(f"save/{step}")
         if self.enabled:
+            self._memory.begin_save()
             self.saver.save_surviving(step, model, optimizers, state)
         reports = self.finish_running(f"last/{step}")
         if not any(report.last_step == step for report in reports):
@@ -102,8 +107,10 @@ class Saving:
         """Logs the saves of this machine that have ended since the last call."""
         host = self._peers.host
         for outcome in self.saver.outcomes():
+            peak = self._memory.end_save()
             if outcome.path:
-                self._log.write(step=outcome.step, event="checkpoint", path=str(outcome.path), seconds=outcome.seconds)
+                facts = {"path": str(outcome.path), "seconds": outcome.seconds, "peak_memory_bytes": peak}
+                self._log.write(step=outcome.step, event="checkpoint", **facts)
                 if outcome.error:
                     logger.error(f"{host}: the checkpoint of step {outcome.step} was written, but {outcome.error}")
             else:

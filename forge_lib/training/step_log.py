@@ -1,6 +1,7 @@
 """Logs completed steps: times, throughput, loss spikes and stragglers, to the terminal, metrics.jsonl and trackers."""
 
 import logging
+import math
 import time
 
 import torch
@@ -9,12 +10,14 @@ from accelerate.utils import gather
 from torch import nn
 
 from forge_lib.config import TrainConfig
+from forge_lib.distributed.speed import reliable_matmul_flops
 from forge_lib.training.anomalies import SpikeDetector, find_straggler
 from forge_lib.training.gradient_sync import GradientSync
 from forge_lib.training.inputs import Inputs
 from forge_lib.training.log import MetricsLog
+from forge_lib.training.memory import PeakMemory
 from forge_lib.training.session import Session
-from forge_lib.training.throughput import Throughput, peak_memory_bytes
+from forge_lib.training.throughput import Throughput
 from forge_lib.training.totals import sum_dtype
 
 logger = logging.getLogger("forge")
@@ -35,15 +38,14 @@ class StepLog:
         inputs: Inputs,
         accelerator: Accelerator,
         log: MetricsLog,
+        memory: PeakMemory,
         model: nn.Module,
     ):
         self.config, self.session, self.inputs, self.accelerator, self.log = config, session, inputs, accelerator, log
+        self.memory = memory
         self.sync = GradientSync(model, fp16=config.gradient_compression == "fp16")
         self.postfix: dict[str, str] = {}
-        dtype = "fp32" if session.agreement.mixed_precision == "no" else "bf16"
-        flops = [process.flops for process in session.agreement.processes]
-        peak_flops = sum(each.get(dtype, each["fp32"]) for each in flops)
-        self._throughput = Throughput(inputs.model, config.sequence_length, peak_flops)
+        self._throughput = Throughput(inputs.model, config.sequence_length)
         self._spikes = SpikeDetector()
         self._own_seconds = 0.0  # computed by this process alone, since the last logged step
 
@@ -56,9 +58,17 @@ class StepLog:
         """Seconds since the step has begun."""
         return time.perf_counter() - self._start
 
-    def model_flops_utilization(self, tokens_per_second: float) -> float:
-        """Returns the share of the peak FLOP/s of all processes that this speed needs."""
+    def model_flops_utilization(self, tokens_per_second: float) -> float | None:
+        """Returns the share of the peak FLOP/s of all processes that this speed needs; None: not known."""
         return self._throughput.utilization(tokens_per_second)
+
+    def measure_peak_flops(self) -> None:
+        """Measures the peak FLOP/s of all processes at the same time: half a second. Call on all processes."""
+        device = self.accelerator.device
+        dtype = torch.float32 if self.session.agreement.mixed_precision == "no" else torch.bfloat16
+        own = reliable_matmul_flops(str(device), dtype)
+        everyones = gather(torch.tensor([own or math.nan], dtype=sum_dtype(device), device=device))
+        self._throughput.peak_flops = everyones.sum().item()
 
     def batch_read(self) -> None:
         """Records that the step's batch is in memory."""
@@ -83,6 +93,8 @@ class StepLog:
         self._log_spike(step, loss)
         if not is_due:
             return
+        if not self._throughput.peak_flops:
+            self.measure_peak_flops()  # not before the first step: it would delay it
         peak_memory, own_seconds = self._gather_figures()
         self._log_straggler(step, own_seconds)
         tokens_per_second, mfu = self._throughput.pop()
@@ -104,7 +116,7 @@ class StepLog:
             "num_processes": self.accelerator.num_processes,
         }
         self.log.write(**row)
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+        self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=step)
         self.postfix = {"loss": f"{loss:.4f}", "tokens_per_second": f"{tokens_per_second:,.0f}"}
         logger.info(
             f"step {step}/{plan.num_steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  "
@@ -114,7 +126,7 @@ class StepLog:
     def _gather_figures(self) -> tuple[int, list[float]]:
         """Returns the largest peak memory of any process, in bytes, and the seconds that each computed, by rank."""
         device = self.accelerator.device
-        mine = [peak_memory_bytes(device), self._own_seconds]
+        mine = [self.memory.pop(), self._own_seconds]
         everyones = gather(torch.tensor([mine], dtype=sum_dtype(device), device=device)).cpu()
         self._own_seconds = 0.0
         return int(everyones[:, 0].max()), everyones[:, 1].tolist()

@@ -1,18 +1,6 @@
-"""Tokens per second, model FLOP/s utilization and peak memory."""
+"""Tokens per second and model FLOP/s utilization."""
 
-import resource
-import sys
-
-import torch
 from torch import nn
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Returns the peak memory of this process: of the GPU if it trains on one, else of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def model_flops_per_token(model: nn.Module, sequence_length: int) -> float:
@@ -39,11 +27,13 @@ class Throughput:
     Args:
         model: unwrapped.
         sequence_length: tokens per sequence.
-        peak_flops: FLOP/s of a large matrix product, summed over all processes.
+
+    Attributes:
+        peak_flops: FLOP/s of a large matrix product, summed over all processes; 0: not measured yet, nan: not known.
     """
 
-    def __init__(self, model: nn.Module, sequence_length: int, peak_flops: float):
-        self._flops_per_token, self._peak_flops = model_flops_per_token(model, sequence_length), peak_flops
+    def __init__(self, model: nn.Module, sequence_length: int):
+        self._flops_per_token, self.peak_flops = model_flops_per_token(model, sequence_length), 0.0
         self._tokens, self._seconds = 0, 0.0
 
     def add(self, num_tokens: int, seconds: float) -> None:
@@ -51,12 +41,12 @@ class Throughput:
         self._tokens += num_tokens
         self._seconds += seconds
 
-    def pop(self) -> tuple[float, float]:
+    def pop(self) -> tuple[float, float | None]:
         """Returns tokens per second and model FLOP/s utilization since the last call."""
         speed = self._tokens / self._seconds
         self._tokens, self._seconds = 0, 0.0
         return speed, self.utilization(speed)
 
-    def utilization(self, tokens_per_second: float) -> float:
-        """Returns the share of the peak FLOP/s that a speed needs."""
-        return tokens_per_second * self._flops_per_token / self._peak_flops
+    def utilization(self, tokens_per_second: float) -> float | None:
+        """Returns the share of the peak FLOP/s that a speed needs; None: the peak is not known."""
+        return tokens_per_second * self._flops_per_token / self.peak_flops if self.peak_flops > 0 else None
