@@ -1,23 +1,33 @@
-r"""Measures this program on this machine.
+r"""Measures this program on this machine, beside the alternatives.
 
+    python scripts/benchmark.py step --model-name data/tiny_gpt2
     python scripts/benchmark.py save --model-name data/tiny_gpt2 --hidden-size 768 --num-layers 6
     sudo .venv/bin/python scripts/benchmark.py network --model-name data/tiny_gpt2 --hidden-size 512 --num-layers 8
 
-`save`: what checkpoints cost, beside one plain copy of the same bytes. `network`: tokens/s of two machines, which are
-network namespaces of this machine with one core each, over links of several rates; about an hour. The figures are
-printed as JSON. Other programs disturb them.
+`prepare`: text to tokens, beside the tokenizer alone and datasets.map. `step`: tokens/s and memory beside
+transformers.Trainer, and the share of the speed of the matrix products. `memory`: speed and memory over the vocabulary,
+the sequence length and the width. `start`: seconds until the first step. `save`: what checkpoints cost, beside one plain
+copy of the same bytes. `network`: two machines, which are network namespaces of this machine with one core each, over
+links of several rates. `all`: all of them, some hours.
+
+Everything is measured in turn with its baseline. Other programs disturb the figures. Tables, JSON and plots are written
+to --report-dir.
 """
 
-import json
 import sys
-from dataclasses import MISSING, asdict, dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
 from forge_lib.benchmark.model import sized_config, write_model
 from forge_lib.benchmark.network import MODES, measure_links
-from forge_lib.benchmark.plots import plot_links
+from forge_lib.benchmark.prepare import measure_preparing
+from forge_lib.benchmark.report import Report, import_pyplot, write_report
 from forge_lib.benchmark.save import measure_saves
+from forge_lib.benchmark.start import measure_starts
+from forge_lib.benchmark.step import Setting
+from forge_lib.benchmark.step_reports import measure_growth, measure_limit, measure_steps
 from forge_lib.config import ModelNameConfig, RangeChecked, flag
 from forge_lib.distributed.reporting import report_errors
 from forge_lib.flags import parse_config
@@ -25,40 +35,34 @@ from forge_lib.flags import parse_config
 
 @dataclass(kw_only=True)
 class MeasureConfig:
-    """What is measured, and with which model."""
+    """What is measured, and with which model and text."""
 
     _argument_group_name = "benchmark"
 
-    what: Literal["save", "network"] = flag(MISSING, "save or network; may be given without the flag's name", "NAME")
-    output_dir: str = flag("runs/benchmark", "folder on the disk to measure; emptied at the end", "FOLDER")
+    what: Literal["prepare", "step", "memory", "start", "save", "network", "all"] = flag(
+        MISSING, "prepare, step, memory, start, save, network or all; may be given without the flag's name", "NAME"
+    )
+    dataset_path: str = flag("data/sample_corpus.txt", "text", "PATH")
+    output_dir: str = flag("runs/benchmark", "folder for models and runs, on the disk to measure", "FOLDER")
+    report_dir: str = flag("runs/benchmark/report", "folder for tables, JSON and plots", "FOLDER")
+    rounds: int = flag(3, "how many times each figure is taken", "COUNT", at_least=1)
+
+
+@dataclass(kw_only=True)
+class ModelSizeConfig:
+    """The model of save and network."""
+
+    _argument_group_name = "save and network"
+
     hidden_size: int = flag(0, "width of the model instead of its own; 0: its own", "SIZE", at_least=0)
     num_layers: int = flag(0, "layers of the model instead of its own; 0: its own", "COUNT", at_least=0)
-    plot: str = flag("", "also write a plot: .svg or .png (network)", "FILE")
+    steps: int = flag(12, "save: training steps per round; the save follows the second one", "STEPS", at_least=3)
+    rates: str = flag("20,100,1000", "network: of the links, with commas", "MBIT/S")
+    modes: str = flag(";".join(MODES), "network: how the machines train, with semicolons", "NAMES")
 
 
 @dataclass(kw_only=True)
-class SaveConfig:
-    """How often saves are measured."""
-
-    _argument_group_name = "save"
-
-    rounds: int = flag(5, "how many times to take each figure", "COUNT", at_least=1)
-    steps: int = flag(12, "training steps per round; the save follows the second one", "STEPS", at_least=3)
-
-
-@dataclass(kw_only=True)
-class NetworkConfig:
-    """Which links are measured."""
-
-    _argument_group_name = "network"
-
-    rates: str = flag("5,20,100,1000", "of the links, with commas", "MBIT/S")
-    modes: str = flag(";".join(MODES), "how the machines train, with semicolons", "NAMES")
-    dataset_path: str = flag("data/sample_corpus.txt", "training data", "PATH")
-
-
-@dataclass(kw_only=True)
-class BenchmarkConfig(RangeChecked, NetworkConfig, SaveConfig, MeasureConfig, ModelNameConfig):
+class BenchmarkConfig(RangeChecked, ModelSizeConfig, MeasureConfig, ModelNameConfig):
     """Every flag of this script."""
 
     def find_mistakes(self) -> list[str]:
@@ -72,31 +76,61 @@ class BenchmarkConfig(RangeChecked, NetworkConfig, SaveConfig, MeasureConfig, Mo
         return mistakes
 
 
-def main(config: BenchmarkConfig) -> dict:
-    """Prints the figures as JSON, and returns them."""
-    results = {"save": save, "network": network}[config.what](config)
-    print(json.dumps(results, indent=2))
-    return results
+def main(config: BenchmarkConfig) -> None:
+    """Measures, prints each table as soon as it is there, and writes the reports."""
+    import_pyplot()  # reports now if it is missing
+    names = list(BENCHMARKS) if config.what == "all" else [config.what]
+    for name in names:
+        for report in BENCHMARKS[name](config):
+            write_report(report, Path(config.report_dir).expanduser())
+            print(report.table(), flush=True)
 
 
-def save(config: BenchmarkConfig) -> dict:
+def prepare(config: BenchmarkConfig) -> list[Report]:
+    """Measures how text becomes a token store."""
+    folder = work_folder(config) / "prepare"
+    return [measure_preparing(folder, config.model_name, config.dataset_path, config.rounds)]
+
+
+def step(config: BenchmarkConfig) -> list[Report]:
+    """Measures steps beside Trainer, and beside their matrix products."""
+    setting = Setting(work_folder(config), config.model_name, config.dataset_path)
+    return [measure_steps(setting, config.rounds), measure_limit(setting, config.rounds)]
+
+
+def memory(config: BenchmarkConfig) -> list[Report]:
+    """Measures how speed and memory grow."""
+    return measure_growth(Setting(work_folder(config), config.model_name, config.dataset_path))
+
+
+def start(config: BenchmarkConfig) -> list[Report]:
+    """Measures the time until the first step."""
+    return [measure_starts(Setting(work_folder(config), config.model_name, config.dataset_path), config.rounds)]
+
+
+def save(config: BenchmarkConfig) -> list[Report]:
     """Measures checkpoints."""
     model_config = sized_config(config.model_name, config.hidden_size, config.num_layers, config.trust_remote_code)
-    folder = Path(config.output_dir).expanduser() / "checkpoints"
-    return measure_saves(model_config, folder, config.rounds, config.steps)
+    return [measure_saves(model_config, work_folder(config) / "checkpoints", config.rounds, config.steps)]
 
 
-def network(config: BenchmarkConfig) -> dict:
+def network(config: BenchmarkConfig) -> list[Report]:
     """Measures two machines over links of several rates."""
     model_config = sized_config(config.model_name, config.hidden_size, config.num_layers, config.trust_remote_code)
-    model = Path(config.output_dir).expanduser().absolute() / "model"
+    model = work_folder(config) / "model"
     num_parameters = write_model(model_config, config.model_name, model)
     rates = [int(rate) for rate in config.rates.split(",")]
-    figures = measure_links(model, config.dataset_path, rates, config.modes.split(";"))
-    if config.plot:
-        title = f"{num_parameters / 1e6:.0f} M parameters, two machines of one core each"
-        plot_links(figures, title, Path(config.plot).expanduser())
-    return {"parameters": num_parameters, "figures": [asdict(each) for each in figures]}
+    return [measure_links(model, num_parameters, config.dataset_path, rates, config.modes.split(";"))]
+
+
+def work_folder(config: BenchmarkConfig) -> Path:
+    """Returns the folder for models and runs."""
+    return Path(config.output_dir).expanduser().absolute()
+
+
+BENCHMARKS: dict[str, Callable[[BenchmarkConfig], list[Report]]] = {
+    "prepare": prepare, "step": step, "memory": memory, "start": start, "save": save, "network": network,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from forge_lib.benchmark.hosts import Hosts, shape
+from forge_lib.benchmark.report import Report
 from forge_lib.errors import UserError
 from forge_lib.process import kill_process_tree
 
@@ -127,11 +128,13 @@ class Machines:
         return link["stats64"]["tx"]["bytes"]
 
 
-def measure_links(model: Path, dataset: str, rates: Sequence[int], modes: Sequence[str]) -> list[NetworkFigure]:
+def measure_links(
+    model: Path, num_parameters: int, dataset: str, rates: Sequence[int], modes: Sequence[str]
+) -> Report:
     """Measures all modes over links of all rates, and prints each figure as soon as it is there.
 
     Args:
-        model: folder of the model.
+        model: folder of the model, with that many parameters.
         dataset: path of the training data.
         rates: Mbit/s.
         modes: keys of MODES.
@@ -142,7 +145,39 @@ def measure_links(model: Path, dataset: str, rates: Sequence[int], modes: Sequen
             measure = measure_peers if mode.startswith("train_elastic.py") else measure_train
             figures.append(measure(model, dataset, rate, mode))
             print(json.dumps(asdict(figures[-1])), file=sys.stderr, flush=True)
-    return figures
+    return report_links(figures, num_parameters)
+
+
+def report_links(figures: Sequence[NetworkFigure], num_parameters: int) -> Report:
+    """Returns the table and the plot of tokens/s over the rate of the links."""
+
+    def plot(axes: Any) -> None:
+        for mode in MODES:
+            points = sorted((each.rate, each.tokens_per_second) for each in figures if each.mode == mode)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=mode)
+        rates = sorted({each.rate for each in figures})
+        axes.set_xscale("log")
+        axes.set_xticks(rates, [str(rate) for rate in rates])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("link of each machine, Mbit/s")
+        axes.set_ylabel("tokens/s of both machines")
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    columns = ["program", "Mbit/s", "tokens/s", "MB sent per step or round", "utilization", "round", "exchange"]
+    rows = [
+        [
+            each.mode, str(each.rate), f"{each.tokens_per_second:,.0f}", f"{each.sent_bytes / 1e6:.1f}",
+            " and ".join(f"{share:.2f}" for share in each.utilization),
+            f"{each.round_seconds:.0f} s" if each.round_seconds else "",
+            f"{each.exchange_seconds:.1f} s" if each.exchange_seconds else "",
+        ]
+        for each in figures
+    ]  # fmt: skip
+    title = f"Two machines of one core each, {num_parameters / 1e6:.0f} M parameters"
+    return Report("network", title, columns, rows, [asdict(each) for each in figures], plot)
 
 
 def measure_train(model: Path, dataset: str, rate: int, mode: str) -> NetworkFigure:

@@ -10,12 +10,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from forge_lib import disk
 from forge_lib.benchmark.model import make_model
+from forge_lib.benchmark.report import Report, bars
 from forge_lib.checkpoints.restore import find, load
 from forge_lib.checkpoints.saver import Saver
 from forge_lib.models.loss import loss_sum
@@ -25,7 +27,7 @@ WARM_LOOPS = 6  # training loops until its peak memory no longer rises
 CPU = torch.device("cpu")
 
 
-def measure_saves(config: transformers.PretrainedConfig, folder: Path, rounds: int, steps: int) -> dict[str, float]:
+def measure_saves(config: transformers.PretrainedConfig, folder: Path, rounds: int, steps: int) -> Report:
     """Returns the figures, in seconds and bytes.
 
     Args:
@@ -64,19 +66,34 @@ def measure_saves(config: transformers.PretrainedConfig, folder: Path, rounds: i
         kind: statistics.median(saving - plain for saving, plain in zip(loops[kind], loops["none"], strict=True))
         for kind in ("background", "foreground")
     }
-    return {
-        "checkpoint_bytes": sum(t.nbytes for t in tensors),
-        "loop_seconds": statistics.median(loops["none"]),
-        "loop_cost_of_a_background_save_seconds": costs["background"],
-        "loop_cost_of_a_foreground_save_seconds": costs["foreground"],
-        "background_over_foreground": costs["background"] / costs["foreground"],
-        "peak_memory_of_a_background_save_bytes": save_memory,
-        "plain_copy_seconds": copy,
-        "save_seconds": save,
-        "resume_seconds": resume,
-        "save_over_copy": save / copy,
-        "resume_over_copy": resume / copy,
-    }
+    return _report(
+        {
+            "checkpoint_bytes": sum(t.nbytes for t in tensors),
+            "loop_seconds": statistics.median(loops["none"]),
+            "loop_cost_of_a_background_save_seconds": costs["background"],
+            "loop_cost_of_a_foreground_save_seconds": costs["foreground"],
+            "background_over_foreground": costs["background"] / costs["foreground"],
+            "peak_memory_of_a_background_save_bytes": save_memory,
+            "plain_copy_seconds": copy,
+            "save_seconds": save,
+            "resume_seconds": resume,
+            "save_over_copy": save / copy,
+            "resume_over_copy": resume / copy,
+        }
+    )
+
+
+def _report(figures: dict[str, float]) -> Report:
+    def plot(axes: Any) -> None:
+        names = ["save_over_copy", "resume_over_copy", "background_over_foreground"]
+        bars(axes, [name.replace("_", " ") for name in names], [figures[name] for name in names],
+             [[figures[name]] for name in names], "ratio")  # fmt: skip
+
+    rows = [
+        [name.removesuffix("_bytes").replace("_", " "), f"{value / 1e6:.0f} MB" if "bytes" in name else f"{value:.2f}"]
+        for name, value in figures.items()
+    ]
+    return Report("save", "Checkpoints", ["what", "seconds, MB or ratio"], rows, [figures], plot)
 
 
 def train(

@@ -7,8 +7,9 @@ rounds; a single figure depends on what else the machine does.
 import json
 import socket
 import statistics
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from forge_lib.benchmark.processes import run_programs
 from forge_lib.benchmark.trainer import Task
 
 WARM_STEPS = 2
-LLAMA = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8}
+LLAMA = {"intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8}
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,38 @@ class Workload:
     """A model and its batch.
 
     Attributes:
+        name: in tables.
         config: of the model; the weights are random.
-        batch_size: sequences of a step.
+        batch_size: sequences of a step of all processes.
         sequence_length: tokens per sequence.
         steps: measured optimizer steps.
+        flags: of train.py, in addition.
     """
 
+    name: str
     config: PreTrainedConfig
-    batch_size: int
-    sequence_length: int
+    batch_size: int = 8
+    sequence_length: int = 256
     steps: int = 6
+    flags: Sequence[str] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch_size * self.sequence_length
 
 
-WORKLOADS = {
-    "llama 9 M": Workload(LlamaConfig(vocab_size=8192, **LLAMA), 8, 256),
-    "gpt2 124 M": Workload(GPT2Config(), 4, 256, steps=3),
-    "llama, vocabulary 49,152": Workload(LlamaConfig(vocab_size=49_152, **LLAMA), 4, 1024, steps=3),
-}
+def llama(vocab_size: int = 8192, hidden_size: int = 256, positions: int = 2048) -> LlamaConfig:
+    """Returns a small Llama; with the defaults it has 9.3 million parameters."""
+    return LlamaConfig(
+        vocab_size=vocab_size, hidden_size=hidden_size, max_position_embeddings=positions,
+        **(LLAMA | {"intermediate_size": 3 * hidden_size}),
+    )  # fmt: skip
+
+
+LLAMA_9M = Workload("Llama, 9 M", llama())
+GPT2_124M = Workload("GPT-2, 124 M", GPT2Config(), batch_size=4, steps=3)
+LLAMA_49K = Workload("Llama, vocabulary 49,152", llama(49_152), batch_size=4, sequence_length=1024, steps=3)
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,8 @@ class StepFigure:
     """train.py beside Trainer; `ratios` has one for each round, and `speed_ratio` is their median.
 
     Attributes:
-        workload, baseline: keys of WORKLOADS, and of trainer.KINDS.
+        workload: its name.
+        baseline: a key of trainer.KINDS.
         num_processes: of both.
         tokens_per_second, baseline_tokens_per_second: medians.
         peak_bytes, baseline_peak_bytes: medians.
@@ -88,66 +105,78 @@ class StepFigure:
     loss_difference: float
 
 
-def measure_steps(
-    folder: Path, model_name: str, dataset: str, workloads: list[str], baselines: list[str], processes: list[int],
-    rounds: int,
-) -> Iterator[StepFigure]:  # fmt: skip
-    """Yields a figure for each workload, baseline and number of processes.
+class Setting:
+    """Where the programs find their models and their data.
 
     Args:
-        folder: for models and runs.
+        folder: for models, data and runs.
         model_name: its tokenizer is used.
         dataset: path of the text.
-        workloads, baselines: keys of WORKLOADS and of trainer.KINDS.
-        processes: numbers of processes.
+    """
+
+    def __init__(self, folder: Path, model_name: str, dataset: str):
+        self.folder, self._model_name = folder, model_name
+        self.store = folder / "store"
+        flags = ["--model-name", model_name, "--dataset-path", dataset, "--sample-by", "paragraph"]
+        run_programs([["python", "scripts/prepare_data.py", *flags, "--output-dir", self.store]])
+
+    def model(self, workload: Workload) -> Path:
+        """Returns the folder of a model with random weights, which it writes if it is not there."""
+        folder = self.folder / "".join(c if c.isalnum() else "_" for c in workload.name)
+        if not folder.exists():
+            torch.manual_seed(0)
+            transformers.AutoModelForCausalLM.from_config(workload.config).save_pretrained(folder)
+            transformers.AutoTokenizer.from_pretrained(self._model_name).save_pretrained(folder)
+        return folder
+
+
+def compare_steps(setting: Setting, workload: Workload, kind: str, num_processes: int, rounds: int) -> StepFigure:
+    """Trains with train.py and with Trainer in turn, and returns the figure.
+
+    Args:
+        setting: models and data.
+        workload: what is trained.
+        kind: of the baseline, a key of trainer.KINDS; with "compiled", train.py compiles too.
+        num_processes: of both.
         rounds: how often each of both trains.
     """
-    store = folder / "store"
-    flags = ["--model-name", model_name, "--dataset-path", dataset, "--sample-by", "paragraph"]
-    run_programs([["python", "scripts/prepare_data.py", *flags, "--output-dir", store]])
-    for name in workloads:
-        model = folder / name.replace(" ", "_").replace(",", "")
-        _write_model(WORKLOADS[name].config, model_name, model)
-        for count in processes:
-            for kind in baselines:
-                pairs = []
-                for _ in range(rounds):
-                    pairs.append((_train(WORKLOADS[name], model, store, count, kind == "compiled"),
-                                  _train_baseline(WORKLOADS[name], model, store, count, kind)))  # fmt: skip
-                yield _compare(name, kind, count, pairs)
+    pairs = []
+    for _ in range(rounds):
+        ours = train(setting, workload, num_processes, kind == "compiled")
+        pairs.append((ours, train_baseline(setting, workload, num_processes, kind)))
+    figure = _compare(workload.name, kind, num_processes, pairs)
+    print(json.dumps(asdict(figure)), file=sys.stderr, flush=True)
+    return figure
 
 
-def _write_model(config: PreTrainedConfig, model_name: str, folder: Path) -> None:
-    """Writes a model folder with random weights."""
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(model_name).save_pretrained(folder)
-
-
-def _train(workload: Workload, model: Path, store: Path, num_processes: int, compiled: bool) -> Measured:
+def train(setting: Setting, workload: Workload, num_processes: int = 1, compiled: bool = False) -> Measured:
+    """Trains with train.py; each process has one thread."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--model-name", model, "--dataset-path", store, "--output-dir", folder, "--seed", 0]
+        flags = ["--model-name", setting.model(workload), "--dataset-path", setting.store, "--output-dir", folder]
         flags += ["--batch-size", workload.batch_size, "--micro-batch-size", workload.batch_size // num_processes]
         flags += ["--sequence-length", workload.sequence_length, "--max-steps", WARM_STEPS + workload.steps]
         flags += ["--mixed-precision", "no", "--lr-scheduler", "constant", "--log-every", 1, "--eval-every", 0]
-        flags += ["--checkpoint-every", 0, *(["--compile"] if compiled else [])]
-        variables = _variables(num_processes)
+        flags += ["--checkpoint-every", 0, *(["--compile"] if compiled else []), *workload.flags]
         command = ["python", "scripts/train.py", *flags]
-        ended = run_programs([command] * num_processes, variables)
+        ended = run_programs([command] * num_processes, _variables(num_processes))
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     speed = statistics.median(row["tokens_per_second"] for row in steps[WARM_STEPS:])
     return Measured(speed, ended.peak_bytes, [row["loss"] for row in steps])
 
 
-def _train_baseline(workload: Workload, model: Path, store: Path, num_processes: int, kind: str) -> Measured:
-    task = Task(str(model), str(store), kind, WARM_STEPS + workload.steps, workload.batch_size,
-                workload.sequence_length, num_processes=num_processes)  # fmt: skip
+def train_baseline(setting: Setting, workload: Workload, num_processes: int = 1, kind: str = "best") -> Measured:
+    """Trains with transformers.Trainer, a kind of trainer.KINDS; each process has one thread."""
+    task = Task(
+        model=str(setting.model(workload)), store=str(setting.store), kind=kind, steps=WARM_STEPS + workload.steps,
+        batch_size=workload.batch_size, sequence_length=workload.sequence_length, num_processes=num_processes,
+        checkpointing="--gradient-checkpointing" in workload.flags,
+    )  # fmt: skip
     command = ["python", "-m", "forge_lib.benchmark.trainer", json.dumps(asdict(task))]
     ended = run_programs([command] * num_processes, _variables(num_processes))
     found = json.loads(ended.output.splitlines()[-1])
     seconds = statistics.median(found["seconds"][WARM_STEPS - 1 :])
-    return Measured(workload.batch_size * workload.sequence_length / seconds, ended.peak_bytes, found["losses"])
+    return Measured(workload.tokens / seconds, ended.peak_bytes, found["losses"])
 
 
 def _variables(num_processes: int) -> list[dict[str, str]]:

@@ -1,10 +1,12 @@
-"""The benchmark: its flags, and the plot of its figures. What it measures is not tested."""
+"""The benchmark: its flags, and the reports of its figures. What it measures is not tested."""
+
+import json
 
 import pytest
 
 from forge_lib.benchmark.model import sized_config, write_model
-from forge_lib.benchmark.network import MODES, NetworkFigure
-from forge_lib.benchmark.plots import plot_links
+from forge_lib.benchmark.network import MODES, NetworkFigure, report_links
+from forge_lib.benchmark.report import write_report
 from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
 from scripts.benchmark import BenchmarkConfig
@@ -19,12 +21,16 @@ def test_unknown_modes_and_rates_are_reported():
         )
 
 
-def test_the_plot_shows_each_mode_and_is_the_same_for_the_same_figures(tmp_path):
+def test_the_report_has_each_figure_and_is_the_same_for_the_same_figures(tmp_path):
     figures = [NetworkFigure(mode, rate, rate * 2.0, 1e6) for mode in MODES for rate in (100, 20)]
-    for name in ("a.svg", "b.svg"):
-        plot_links(figures, "26 M parameters", tmp_path / name)
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    assert all(mode in (tmp_path / "a.svg").read_text() for mode in MODES)
+    report = report_links(figures, 26_000_000)
+    for name in ("a", "b"):
+        write_report(report, tmp_path / name)
+    plot = (tmp_path / "a" / "network.svg").read_text()
+    assert plot == (tmp_path / "b" / "network.svg").read_text() and all(mode in plot for mode in MODES)
+    table = (tmp_path / "a" / "network.md").read_text()
+    assert "26 M parameters" in table and all(f"| {mode} | 100 | 200 | 1.0 |" in table for mode in MODES)
+    assert len(json.loads((tmp_path / "a" / "network.json").read_text())["figures"]) == len(figures)
 
 
 def test_a_model_folder_without_weights_has_the_wanted_size(tmp_path):

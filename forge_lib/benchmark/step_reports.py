@@ -1,0 +1,118 @@
+"""The reports about steps: train.py beside Trainer, its limit, its memory, and how both grow."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from forge_lib.benchmark.processes import run_programs
+from forge_lib.benchmark.report import Report, bars
+from forge_lib.benchmark.step import (
+    GPT2_124M,
+    LLAMA_9M,
+    LLAMA_49K,
+    Setting,
+    StepFigure,
+    Workload,
+    compare_steps,
+    llama,
+    train,
+)
+
+COLUMNS = ("model", "beside Trainer", "processes", "tokens/s", "Trainer", "ratio", "peak MB", "Trainer", "ratio")
+GROWTH_ROUNDS = 1
+
+
+def measure_steps(setting: Setting, rounds: int) -> Report:
+    """Measures speed and memory: in fp32 beside Trainer's fastest, compiled, with recomputed activations."""
+    recomputed = replace(LLAMA_49K, name="Llama 49,152, recomputed", flags=("--gradient-checkpointing",))
+    cases = [
+        (LLAMA_9M, "best", 1), (LLAMA_9M, "best", 2), (LLAMA_9M, "default", 1), (LLAMA_9M, "compiled", 1),
+        (GPT2_124M, "best", 1), (LLAMA_49K, "best", 1), (recomputed, "best", 1),
+    ]  # fmt: skip
+    figures = [compare_steps(setting, workload, kind, count, rounds) for workload, kind, count in cases]
+    return _report("step", "Steps beside transformers.Trainer, fp32, one thread each", figures)
+
+
+def measure_limit(setting: Setting, rounds: int) -> Report:
+    """Measures which share of the speed of its own matrix products GPT-2 reaches."""
+    found = []
+    for _ in range(rounds):
+        ours = train(setting, GPT2_124M).tokens_per_second
+        shape = (GPT2_124M.batch_size, GPT2_124M.sequence_length)
+        words = ["python", "-m", "forge_lib.benchmark.limits", setting.model(GPT2_124M), *shape]
+        found.append((ours, float(run_programs([words], [{"OMP_NUM_THREADS": "1"}]).output)))
+    ratios = [ours / limit for ours, limit in found]
+    ours, limit = (statistics.median(each) for each in zip(*found, strict=True))
+    figure = {"tokens_per_second": ours, "limit": limit, "ratio": statistics.median(ratios), "ratios": ratios}
+    row = [GPT2_124M.name, f"{ours:,.0f}", f"{limit:,.0f}", f"{figure['ratio']:.2f}"]
+
+    def plot(axes: Any) -> None:
+        bars(axes, [GPT2_124M.name], [figure["ratio"]], [ratios], "share of the speed of its matrix products")
+
+    columns = ["model", "tokens/s", "matrix products alone", "share"]
+    return Report("limit", "Arithmetic, fp32, one thread", columns, [row], [figure], plot)
+
+
+def measure_growth(setting: Setting) -> list[Report]:
+    """Measures tokens/s and memory over the vocabulary, the sequence length and the width."""
+    vocabularies = [
+        (size, Workload(f"vocabulary {size}", llama(size), 4, 256, 3)) for size in (2048, 8192, 32_768, 131_072)
+    ]
+    sequences = [
+        (length, Workload(f"sequence {length}", llama(), 2048 // length, length, 3)) for length in (128, 512, 2048)
+    ]
+    widths = [(width, Workload(f"width {width}", llama(hidden_size=width), 4, 256, 3)) for width in (128, 256, 512)]
+    return [
+        report
+        for name, points in (("vocabulary", vocabularies), ("sequence length", sequences), ("width", widths))
+        for report in _growth(setting, name, points)
+    ]
+
+
+def _growth(setting: Setting, name: str, points: Sequence[tuple[int, Workload]]) -> list[Report]:
+    found = [(size, compare_steps(setting, workload, "best", 1, GROWTH_ROUNDS)) for size, workload in points]
+
+    def curves(axes: Any, value: Callable[[StepFigure, bool], float], what: str) -> None:
+        for is_baseline, label in ((False, "train.py"), (True, "transformers.Trainer")):
+            axes.plot([size for size, _ in found], [value(each, is_baseline) for _, each in found], "o-", label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([size for size, _ in found], [f"{size:,}" for size, _ in found])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(name)
+        axes.set_ylabel(what)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    def speed(each: StepFigure, is_baseline: bool) -> float:
+        return each.baseline_tokens_per_second if is_baseline else each.tokens_per_second
+
+    def memory(each: StepFigure, is_baseline: bool) -> float:
+        return (each.baseline_peak_bytes if is_baseline else each.peak_bytes) / 1e6
+
+    figures, file = [each for _, each in found], name.replace(" ", "_")
+    speeds = _report(f"speed_{file}", f"Tokens/s over the {name}, fp32, one thread", figures)
+    memories = _report(f"memory_{file}", f"Peak memory over the {name}", figures)
+    return [
+        replace(speeds, plot=lambda axes: curves(axes, speed, "tokens/s")),
+        replace(memories, plot=lambda axes: curves(axes, memory, "peak memory, MB")),
+    ]
+
+
+def _report(name: str, title: str, figures: Sequence[StepFigure]) -> Report:
+    def plot(axes: Any) -> None:
+        labels = [f"{each.workload}\n{each.baseline}, {each.num_processes} process(es)" for each in figures]
+        bars(axes, labels, [each.speed_ratio for each in figures], [each.ratios for each in figures],
+             "tokens/s, times those of Trainer")  # fmt: skip
+
+    rows = [
+        [
+            each.workload, each.baseline, str(each.num_processes),
+            f"{each.tokens_per_second:,.0f}", f"{each.baseline_tokens_per_second:,.0f}",
+            f"{each.speed_ratio:.2f} ({min(each.ratios):.2f} to {max(each.ratios):.2f})",
+            f"{each.peak_bytes / 1e6:,.0f}", f"{each.baseline_peak_bytes / 1e6:,.0f}", f"{each.memory_ratio:.2f}",
+        ]
+        for each in figures
+    ]  # fmt: skip
+    return Report(name, title, COLUMNS, rows, [asdict(each) for each in figures], plot)
