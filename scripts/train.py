@@ -86,8 +86,9 @@ def train(
                 if is_last:
                     run.begin_totals(losses)  # all-reduces the loss and stop requests during the backward pass
                 accelerator.backward(loss * accelerator.num_processes / num_targets)
-        mean_loss = run.total_loss() / num_targets  # over all processes; all learn whether one is asked to stop
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+        total_loss, grad_norm = run.totals(grad_norm)  # over all processes; all learn whether one is asked to stop
+        mean_loss = total_loss / num_targets
 
         # 3. Update. If not finite, the update is skipped (the step counts) or the run ends (--on-nonfinite). For an
         #    overflow of fp16, the gradient scaler skips the update.

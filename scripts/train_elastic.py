@@ -95,8 +95,10 @@ def train(
                 if is_last:
                     run.begin_totals(losses)  # all-reduces the loss and stop requests during the backward pass
                 accelerator.backward(loss * accelerator.num_processes / num_targets)
-        mean_loss = rounds.total_loss() / num_targets  # with --sync-every 1, adds up the peers' gradients too
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+        rounds.add_gradients()  # of all peers, with --sync-every 1
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+        total_loss, grad_norm = rounds.totals(grad_norm)
+        mean_loss = total_loss / num_targets
 
         # 3. Update. If not finite, the update is skipped (the step counts) or the run ends (--on-nonfinite). For an
         #    overflow of fp16, the gradient scaler skips the update.

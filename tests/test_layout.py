@@ -131,8 +131,9 @@ LOOP_DIFFERENCES = """
 +    for step, blocks, batch in run.steps(rounds.batches()):
 -        num_targets = max(1, inputs.dataset.num_targets(blocks))
 +        num_targets = max(1, rounds.num_targets(blocks))
--        mean_loss = run.total_loss() / num_targets
-+        mean_loss = rounds.total_loss() / num_targets
++        rounds.add_gradients()
+-        total_loss, grad_norm = run.totals(grad_norm)
++        total_loss, grad_norm = rounds.totals(grad_norm)
 -        if run.may_update(mean_loss, grad_norm):
 +        if rounds.may_update() and run.may_update(mean_loss, grad_norm):
 -        run.step_done(mean_loss, grad_norm, learning_rate(step))

@@ -191,21 +191,32 @@ class Rounds:
         self._targets = dataset.num_targets(blocks)
         return self._targets if work.batch is None else dataset.num_targets(plan.blocks(work.batch))
 
-    def total_loss(self) -> float:
-        """Returns the loss sum of the step over this peer's processes, in nats.
-
-        With --sync-every 1: over all peers, and adds up their gradients too.
-        """
-        loss, work = self.run.total_loss(), self._work
-        work.steps, work.targets, work.loss = work.steps + 1, work.targets + self._targets, work.loss + loss
+    def add_gradients(self) -> None:
+        """With --sync-every 1: adds up the gradients of all peers; else does nothing."""
         if self.config.sync_every != 1:
-            return loss
+            return
+        work = self._work
+        loss, _ = self.run.totals(torch.zeros(()))
+        self._count_step(loss)
         self._count_seconds(max(1, sum(map(len, work.todo))))  # per sequence, and without the exchange
         self._summed = self._peer.sum_gradients(work, self._gives_up)
-        if not self._summed:
-            return math.nan
-        self.outer.flat.write_gradients(self._summed.gradient)
-        return sum(member.facts.loss for member in self._summed.group)
+        if self._summed:
+            self.outer.flat.write_gradients(self._summed.gradient)
+
+    def totals(self, grad_norm: torch.Tensor) -> tuple[float, float]:
+        """Returns the loss sum of the step over this peer's processes, in nats, and the gradient's norm.
+
+        With --sync-every 1, the loss is that of all peers; nan if the gradients were not added up.
+        """
+        loss, norm = self.run.totals(grad_norm)
+        if self.config.sync_every != 1:
+            self._count_step(loss)
+            return loss, norm
+        return sum(member.facts.loss for member in self._summed.group) if self._summed else math.nan, norm
+
+    def _count_step(self, loss: float) -> None:
+        work = self._work
+        work.steps, work.targets, work.loss = work.steps + 1, work.targets + self._targets, work.loss + loss
 
     def may_update(self) -> bool:
         """Returns whether the step may update the weights: with --sync-every 1, if the gradients were added up."""

@@ -27,7 +27,6 @@ from forge_lib.process import World, die_with_launcher
 from forge_lib.training import log as messages
 from forge_lib.training.gradient_sync import settle_buckets
 from forge_lib.training.inputs import Inputs, load_inputs, log_start
-from forge_lib.training.memory import PeakMemory
 from forge_lib.training.nonfinite import NonFiniteSteps
 from forge_lib.training.periodic import Periodic
 from forge_lib.training.resume import resume
@@ -145,8 +144,7 @@ class Run:
         """
         self._state, lines = resume(self.session, self.inputs, optimizers)
         self.log = messages.MetricsLog(self.session.folder, self.accelerator.is_main_process)
-        memory = self._memory = PeakMemory(self.accelerator.device)
-        self._saving = Saving(self.session, self.log, memory, self.accelerator.is_main_process)
+        self._saving = Saving(self.session, self.log, self.accelerator)
         self._saving.saver.attach(optimizers)
         if self._state and self._lock.held and not self._saving.enabled:
             self._saving.saver.prune(self._state["step"])  # a machine without checkpoints keeps what it was sent
@@ -172,9 +170,8 @@ class Run:
             scaler.load_state_dict(state["scaler"])
         self._optimizers, self._saved_optimizers = optimizers, [*optimizers, *also_save]
         self._nonfinite = NonFiniteSteps(self.config, self.accelerator, self.log)
-        self.step_log = StepLog(
-            self.config, self.session, self.inputs, self.accelerator, self.log, self._memory, model
-        )
+        memory = self._saving.memory
+        self.step_log = StepLog(self.config, self.session, self.inputs, self.accelerator, self.log, memory, model)
         self._set_step(state["step"] if state else 0)
         self._periodic = Periodic(self.step, self.inputs.plan.num_steps)
         self._write_run_json()
@@ -208,7 +205,8 @@ class Run:
             self.step_log.start_step()
             self.peers.set_status("reading its batch")
             self.inputs.store.check_unchanged()
-            self._share, self._num_blocks = share_of(blocks, self._shares, rank), len(blocks)
+            self._share = share_of(blocks, self._shares, rank)
+            self._is_short = step == plan.num_steps - 1 and len(blocks) < self.config.batch_size  # not compiled for it
             batch = read_batch(self.inputs.dataset, self._share, pin_memory=accelerator.device.type == "cuda")
             self.step_log.batch_read()
             self.peers.set_status("computing")
@@ -222,8 +220,7 @@ class Run:
 
     def micro_batches(self, batch: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
         """Yields (micro-batch on the device, whether it is the last one), of up to --micro-batch-size sequences."""
-        is_short = self._num_blocks < self.config.batch_size  # the last batch of a run: nothing is compiled for it
-        with torch.compiler.set_stance("force_eager" if is_short else "default"):
+        with torch.compiler.set_stance("force_eager" if self._is_short else "default"):
             for each, is_last in micro_batches(batch, self.config.micro_batch_size):
                 yield {name: t.to(self.accelerator.device, non_blocking=True) for name, t in each.items()}, is_last
         self.step_log.sync.backward_done()
@@ -241,12 +238,12 @@ class Run:
             self.peers.set_first("stop", reason)
         self._totals = StepTotals(losses, must_stop=bool(reason))
 
-    def total_loss(self) -> float:
-        """Returns the loss sum over all processes, in nats, once `begin_totals` is complete."""
-        total, num_stopping = self._totals.wait()
+    def totals(self, grad_norm: torch.Tensor) -> tuple[float, float]:
+        """Returns the loss sum over all processes, in nats, and the gradient's norm. A GPU's only wait in a step."""
+        total, num_stopping, norm = self._totals.wait(grad_norm)
         if num_stopping:
             self.stop(self.peers.get_first("stop"))
-        return total
+        return total, norm
 
     def stop(self, reason: str) -> None:
         """Makes this the last step. Call on all processes."""

@@ -5,6 +5,7 @@ import threading
 from dataclasses import asdict, dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from forge_lib.checkpoints.saver import Saver
@@ -40,13 +41,15 @@ class Saving:
     Args:
         session: the processes.
         log: where events are written.
-        memory: measures the peak of each save.
-        is_main: whether this is the main process.
+        accelerator: the processes, too.
+
+    Attributes:
+        memory: measures the peak of the saves, and that of the rest.
     """
 
-    def __init__(self, session: Session, log: MetricsLog, memory: PeakMemory, is_main: bool):
-        self._session, self._peers, self._log, self._is_main = session, session.peers, log, is_main
-        self._memory = memory
+    def __init__(self, session: Session, log: MetricsLog, accelerator: Accelerator):
+        self._session, self._peers, self._log = session, session.peers, log
+        self._is_main, self.memory = accelerator.is_main_process, PeakMemory(accelerator.device)
         self._failed: list[FailedSave] = []  # of this process, not yet reported to the others
         self.enabled = session.lock.held and session.is_checkpoint_machine()  # whether this process writes
         config = session.config
@@ -65,7 +68,7 @@ class Saving:
         """
         self.finish_running(f"save/{step}")
         if self.enabled:
-            self._memory.begin_save()
+            self.memory.begin_save()
             self.saver.save(step, model, optimizers, state)
         if not self._session.config.checkpoint_async:
             self._peers.barrier(f"saved/{step}")
@@ -78,7 +81,7 @@ class Saving:
         """
         self.finish_running(f"save/{step}")
         if self.enabled:
-            self._memory.begin_save()
+            self.memory.begin_save()
             self.saver.save_surviving(step, model, optimizers, state)
         reports = self.finish_running(f"last/{step}")
         if not any(report.last_step == step for report in reports):
@@ -107,7 +110,7 @@ class Saving:
         """Logs the saves of this machine that have ended since the last call."""
         host = self._peers.host
         for outcome in self.saver.outcomes():
-            peak = self._memory.end_save()
+            peak = self.memory.end_save()
             if outcome.path:
                 facts = {"path": str(outcome.path), "seconds": outcome.seconds, "peak_memory_bytes": peak}
                 self._log.write(step=outcome.step, event="checkpoint", **facts)

@@ -25,9 +25,11 @@ class StepTotals:
         self._totals = torch.stack([loss, losses[0].new_tensor(must_stop, dtype=dtype)])
         self._work = dist.all_reduce(self._totals, async_op=True) if dist.is_initialized() else None
 
-    def wait(self) -> tuple[float, int]:
-        """Returns the loss sum and the number of processes that are asked to stop, equal on all processes."""
+    def wait(self, *others: torch.Tensor) -> list[float]:
+        """Returns the loss sum and the number of processes that are asked to stop, equal on all processes.
+
+        The values of `others`, scalars, follow: on a GPU, all of them are one transfer.
+        """
         if self._work:
             self._work.wait()
-        loss, num_stopping = self._totals.tolist()
-        return loss, int(num_stopping)
+        return torch.cat([self._totals, *(each.detach().to(self._totals)[None] for each in others)]).tolist()
