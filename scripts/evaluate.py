@@ -36,6 +36,7 @@ from forge_lib.distributed.peers import Peers
 from forge_lib.distributed.reporting import report_errors
 from forge_lib.flags import parse_config
 from forge_lib.models.checking import check_model
+from forge_lib.models.document_attention import use_document_attention
 from forge_lib.models.fingerprints import hash_weights
 from forge_lib.models.generation import generate_ids
 from forge_lib.models.loading import load_tokenizer, load_trained_model
@@ -79,6 +80,8 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         device = choose_device(config.device, world)
         tokenizer = load_tokenizer(config)
         model = load_trained_model(config, vocabulary_size(tokenizer), config.sequence_length)
+        if config.mask_documents and device == "cpu":
+            use_document_attention(model)
         check_model(model, config.mask_documents, config.sequence_length)
         store = prepare_store(config, tokenizer, progress=peers.set_status)
         stream = TokenStream(store.tokens, store.documents)

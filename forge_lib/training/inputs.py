@@ -18,6 +18,7 @@ from forge_lib.data.tokenizing import splitting_fingerprint, tokenizer_fingerpri
 from forge_lib.distributed.agreement import compare_inputs, describe_world
 from forge_lib.distributed.facts import InputFacts
 from forge_lib.models.checking import check_model
+from forge_lib.models.document_attention import use_document_attention
 from forge_lib.models.fingerprints import hash_config, hash_weights
 from forge_lib.models.loading import adapt_model, load_model, load_tokenizer, model_exists
 from forge_lib.models.loss import describe_loss
@@ -93,12 +94,10 @@ def load_inputs(session: Session) -> Inputs:
     peers.set_status("loading the model")
     fetch_model(session)
     tokenizer = load_tokenizer(config)
-    torch.manual_seed(config.seed)
-    model = load_model(config, vocabulary_size(tokenizer), config.sequence_length)
+    model = _load_seeded(session, tokenizer)
     changes_in_evaluation = check_model(model, config.mask_documents, config.sequence_length)
     if changes_in_evaluation:  # the check has changed it
-        torch.manual_seed(config.seed)
-        model = load_model(config, vocabulary_size(tokenizer), config.sequence_length)
+        model = _load_seeded(session, tokenizer)
     model = adapt_model(model, config)
     store = eval_store = fetch_store(session, "dataset_path", tokenizer)
     if config.eval_dataset_path:
@@ -142,6 +141,15 @@ def load_inputs(session: Session) -> Inputs:
         notes,
         changes_in_evaluation,
     )
+
+
+def _load_seeded(session: Session, tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedModel:
+    config = session.config
+    torch.manual_seed(config.seed)
+    model = load_model(config, vocabulary_size(tokenizer), config.sequence_length)
+    if config.mask_documents and session.device == "cpu" and not use_document_attention(model):
+        logger.info("--mask-documents needs a mask of sequence x sequence numbers for this model")
+    return model
 
 
 def fetch_model(session: Session) -> None:
