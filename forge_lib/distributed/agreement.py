@@ -19,6 +19,7 @@ class Agreement:
         processes: the facts of each process, by rank.
         backend: "nccl" or "gloo".
         mixed_precision: "no", "bf16" or "fp16".
+        precision_reason: why, if the program has chosen it; else empty.
         warnings: harmless differences and other hints, one sentence each.
         alike: whether all processes have the same hardware and software, and so compute the same bits.
     """
@@ -26,6 +27,7 @@ class Agreement:
     processes: list[ProcessFacts]
     backend: str
     mixed_precision: str
+    precision_reason: str
     warnings: list[str]
     alike: bool
 
@@ -43,10 +45,10 @@ def agree(processes: list[ProcessFacts], config: WorldConfig) -> Agreement:
     """
     warnings = _compare_versions_and_flags(processes)
     backend = _choose_backend(processes, config.backend)
-    precision, notes = _choose_precision(processes)
+    precision, reason, notes = _choose_precision(processes)
     kinds = {(each.device_name, each.instructions, each.threads, each.versions["torch"]) for each in processes}
     warnings += notes + _warn_about_machines(processes)
-    return Agreement(processes, backend, precision, warnings, alike=len(kinds) == 1)
+    return Agreement(processes, backend, precision, reason, warnings, alike=len(kinds) == 1)
 
 
 def _compare_versions_and_flags(processes: list[ProcessFacts]) -> list[str]:
@@ -82,25 +84,31 @@ def _choose_backend(processes: list[ProcessFacts], wanted: str) -> str:
     return wanted
 
 
-def _choose_precision(processes: list[ProcessFacts]) -> tuple[str, list[str]]:
-    """Returns the precision and warnings: the flag's, else the YAML's, else bf16 if every process runs it faster."""
+def _choose_precision(processes: list[ProcessFacts]) -> tuple[str, str, list[str]]:
+    """Returns the precision: the flag's, else the YAML's, else bf16 if every process runs it faster.
+
+    After it: the reason for the last of these choices, and warnings.
+    """
     config, launcher = processes[0].config, processes[0].launcher_mixed_precision
-    wanted, warnings = config.get("mixed_precision", "no"), []
+    wanted, reason, warnings = config.get("mixed_precision", "no"), "", []
     if wanted != "auto":
         precision = wanted
         if launcher not in ("no", precision):
             warnings.append(f"--mixed-precision {precision} overrides mixed_precision: {launcher} of the YAML")
     elif launcher not in ("no", ""):
         precision = launcher
+    elif without := next((process.host for process in processes if "bf16" not in process.flops), ""):
+        precision, reason = "no", f"bf16 is not clearly faster on {without}"
     else:
-        precision = "bf16" if all("bf16" in process.flops for process in processes) else "no"
+        gain = min(process.flops["bf16"] / process.flops["fp32"] for process in processes)
+        precision, reason = "bf16", f"measured: {gain:.1f} times as fast as fp32"
     if precision not in ("no", "bf16", "fp16"):
         raise UserError(f"mixed_precision: {precision} of the YAML is not supported; use no, bf16 or fp16")
     if precision == "fp16" and config.get("optimizer") == "muon":
         raise UserError("--optimizer muon does not work with mixed precision fp16; use bf16 or no")
     if precision == "fp16" and any(process.device != "cuda" for process in processes):
         raise UserError("mixed precision fp16 needs a GPU for every process; use --mixed-precision bf16 or no")
-    return precision, warnings
+    return precision, reason, warnings
 
 
 def _warn_about_machines(processes: list[ProcessFacts]) -> list[str]:
@@ -168,4 +176,5 @@ def describe_world(agreement: Agreement) -> str:
     where = f"{len(machines)} machine{'s' if len(machines) > 1 else ''} ({names})"
     backend = f"{agreement.backend}, " if count > 1 else ""
     precision = "fp32" if agreement.mixed_precision == "no" else agreement.mixed_precision
-    return f"{count} process{'es' if count > 1 else ''} on {where}, {backend}{precision}"
+    reason = f" ({agreement.precision_reason})" if agreement.precision_reason else ""
+    return f"{count} process{'es' if count > 1 else ''} on {where}, {backend}{precision}{reason}"

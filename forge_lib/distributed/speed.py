@@ -36,7 +36,7 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def reliable_matmul_flops(device: str, dtype: torch.dtype, seconds: float = 0.5) -> float | None:
+def reliable_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float | None:
     """Returns the speed of large matrix products, in FLOP/s, or None if other work has disturbed the measurement.
 
     Call on all processes of a machine at the same time: they share its memory and its power.
@@ -45,7 +45,7 @@ def reliable_matmul_flops(device: str, dtype: torch.dtype, seconds: float = 0.5)
         device, dtype: of the matrices.
         seconds: how long it measures. The speed is that of the fastest product; another one must be as fast, to 5 %.
     """
-    size = 1024 if device == "cpu" else 8192
+    size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     time_call(lambda: left @ right, device)
     taken: list[float] = []

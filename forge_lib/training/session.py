@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from forge_lib.config import TrainConfig
@@ -97,6 +98,8 @@ def join(config: TrainConfig, world: World, peers: Peers, lock: RunLock) -> Sess
     )
     peers.address = facts.address
     agreement = agree(peers.all_gather(facts, "facts"), config)
+    if device == "cuda" and agreement.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")  # what remains in fp32 may be rounded, too: TF32
     # The main machine first: on a disk that machines share, it is the one that gets the lock.
     for is_main_turn in (True, False):
         if world.is_local_main and (world.process_index == 0) == is_main_turn:

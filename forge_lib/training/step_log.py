@@ -66,7 +66,7 @@ class StepLog:
         """Measures the peak FLOP/s of all processes at the same time: half a second. Call on all processes."""
         device = self.accelerator.device
         dtype = torch.float32 if self.session.agreement.mixed_precision == "no" else torch.bfloat16
-        own = reliable_matmul_flops(str(device), dtype)
+        own = reliable_matmul_flops(device, dtype)
         everyones = gather(torch.tensor([own or math.nan], dtype=sum_dtype(device), device=device))
         self._throughput.peak_flops = everyones.sum().item()
 

@@ -146,7 +146,10 @@ def test_a_world_with_fewer_processes_than_announced_is_refused():
 
 def test_the_log_names_machines_devices_backend_and_precision():
     two = agree([ALICE, replace(ALICE), BOB], WorldConfig())
+    slow = "bf16 is not clearly faster on alice"
     machines = "alice [10.0.0.1 eth0]: 2 x cpu, bob [10.0.0.2 eth0]: 1 x cpu"
-    assert describe_world(two) == f"3 processes on 2 machines ({machines}), gloo, fp32"
+    assert describe_world(two) == f"3 processes on 2 machines ({machines}), gloo, fp32 ({slow})"
     one = agree([replace(ALICE, address="", flops=FAST_BF16)], WorldConfig())
-    assert describe_world(one) == "1 process on 1 machine (alice: 1 x cpu), bf16"
+    assert describe_world(one) == "1 process on 1 machine (alice: 1 x cpu), bf16 (measured: 3.0 times as fast as fp32)"
+    chosen = agree([replace(ALICE, address="", config={"mixed_precision": "no"})], WorldConfig())
+    assert describe_world(chosen) == "1 process on 1 machine (alice: 1 x cpu), fp32"
