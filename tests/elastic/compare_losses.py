@@ -3,9 +3,10 @@
     python tests/elastic/compare_losses.py --output artifacts/losses.json
 
 Peers are simulated in one process, one after the other, with the code that real peers run: ledger, codecs, exchange
-(in memory), outer optimizer. The model is the bundled one, the text too; held-out loss after the same number of
-tokens. The baseline is one model with the global batch of all peers, which is H = 1 without compression. Prints a
-table with the mean over the seeds. Cases that the output file has already are not run again.
+(in memory), outer optimizer. The model is the bundled one, trained with one global batch for a while; the text is
+Python's own library. Held-out loss after the same number of tokens. The baseline is one model with the global batch
+of all peers, which is H = 1 without compression. Prints a table with the mean over the seeds. Cases that the output
+file has already are not run again; beside it lie the text and the trained models.
 """
 
 import argparse
@@ -25,7 +26,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from python_library import prepare_library  # noqa: E402
 
 from forge_lib.data.batches import BatchPlan, read_batch  # noqa: E402
 from forge_lib.elastic import averaging  # noqa: E402
@@ -40,8 +43,8 @@ from forge_lib.models.optimizers import build_optimizers, learning_rate_schedule
 from forge_lib.peers_config import ElasticConfig  # noqa: E402
 from forge_lib.training.inputs import make_datasets, prepare_store  # noqa: E402
 
-FLAGS = ["--model-name", "data/tiny_gpt2", "--dataset-path", "data/sample_corpus.txt", "--sample-by", "paragraph"]
-FLAGS += ["--eval-fraction", "0.05", "--output-dir", "unused", "--lighthouse", "http://unused:1"]
+FLAGS = ["--model-name", "data/tiny_gpt2", "--eval-fraction", "0.005", "--output-dir", "unused"]
+FLAGS += ["--lighthouse", "http://unused:1"]
 
 
 @dataclass(frozen=True)
@@ -167,18 +170,70 @@ def average_vectors(peers: list[SimulatedPeer], changes: list[torch.Tensor], cas
     return update
 
 
-def run_case(case: Case, steps: int, batch_size: int, sequence_length: int, rate: float) -> float:
-    """Returns the held-out loss after `steps` steps of each peer."""
+@dataclass(frozen=True)
+class Work:
+    """What all runs have in common.
+
+    Attributes:
+        folder: of the text and the trained models.
+        steps: of each peer.
+        batch_size: sequences of a step of one peer.
+        sequence_length: tokens of a sequence.
+        learning_rate: at the start of the compared runs, and at the peak before.
+        trained_steps: of the model with which all runs begin.
+    """
+
+    folder: Path
+    steps: int
+    batch_size: int
+    sequence_length: int
+    learning_rate: float
+    trained_steps: int
+
+    def model_folder(self, optimizer: str, seed: int) -> Path:
+        """Returns where the model lies with which runs begin."""
+        return self.folder / f"{optimizer}-{seed}-{self.trained_steps}-{self.sequence_length}-{self.learning_rate:g}"
+
+    def config(self, optimizer: str, seed: int, *flags) -> ElasticConfig:
+        """Returns the flags of a run."""
+        shape = ["--sequence-length", self.sequence_length, "--learning-rate", self.learning_rate]
+        shape += ["--dataset-path", self.folder / "store", "--seed", seed, "--optimizer", optimizer]
+        return parse_config(ElasticConfig, [*FLAGS, *map(str, [*shape, *flags])])
+
+
+def train_start(optimizer: str, seed: int, work: Work) -> None:
+    """Trains the model with which runs begin: one global batch of four peers at each step, at a constant rate."""
+    folder = work.model_folder(optimizer, seed)
+    if folder.exists():
+        return
     torch.set_num_threads(1)
-    flags = ["--sequence-length", str(sequence_length), "--seed", str(case.seed), "--optimizer", case.optimizer]
-    flags += ["--learning-rate", str(rate), "--warmup-steps", str(steps * case.num_peers // 20)]
-    config = parse_config(ElasticConfig, [*FLAGS, *flags])
+    flags = ["--lr-scheduler", "constant_with_warmup", "--warmup-steps", 50]
+    config = work.config(optimizer, seed, *flags)
+    tokenizer = load_tokenizer(config)
+    store = prepare_store(config, tokenizer)
+    dataset, _ = make_datasets(config, store, store)
+    torch.manual_seed(seed)
+    peer = SimulatedPeer(config, load_model(config, len(tokenizer), work.sequence_length))
+    batch_size = 4 * work.batch_size
+    plan = BatchPlan(len(dataset), batch_size, work.trained_steps, seed + 1000)  # another order than the compared runs
+    schedule = learning_rate_schedule(config, work.trained_steps)
+    for step in range(work.trained_steps):
+        samples = np.arange(step * batch_size, (step + 1) * batch_size)
+        peer.train(config, dataset, plan.blocks(samples), schedule(step))
+    tokenizer.save_pretrained(folder)
+    peer.model.save_pretrained(folder)
+
+
+def run_case(case: Case, work: Work) -> float:
+    """Returns the held-out loss after a run."""
+    torch.set_num_threads(1)
+    start = work.model_folder(case.optimizer, case.seed)
+    steps, batch_size, total = work.steps, work.batch_size, work.steps * case.num_peers
+    config = work.config(case.optimizer, case.seed, "--model-name", start, "--warmup-steps", total // 20)
     tokenizer = load_tokenizer(config)
     store = prepare_store(config, tokenizer)
     dataset, held_out = make_datasets(config, store, store)
-    torch.manual_seed(case.seed)
-    model = load_model(config, len(tokenizer), sequence_length)
-    total = steps * case.num_peers
+    model = load_model(config, len(tokenizer), work.sequence_length)
     plan = BatchPlan(len(dataset), batch_size, total, case.seed)
     schedule = learning_rate_schedule(config, total)
     if not case.sync_every:
@@ -235,6 +290,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of a step of one peer")
     parser.add_argument("--sequence-length", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--trained-steps", type=int, default=1000, help="of the model with which all runs begin")
     parser.add_argument(
         "--outer", type=float, nargs=2, help="outer learning rate and momentum; default: the program's"
     )
@@ -249,12 +305,17 @@ def main() -> None:
     ]
     found: dict[str, dict[str, float]] = json.loads(args.output.read_text()) if args.output.exists() else {}
     cases = [case for case in cases if str(case.seed) not in found.get(case.name, {})]
-    shape = (args.steps, args.batch_size, args.sequence_length, args.learning_rate)
+    folder = args.output.resolve().parent
+    if not (folder / "store").exists():
+        prepare_library(folder)
+    shape = (args.steps, args.batch_size, args.sequence_length, args.learning_rate, args.trained_steps)
+    work = Work(folder, *shape)
     with ProcessPoolExecutor(2) as pool:
-        for case, loss in zip(cases, pool.map(run_case, cases, *map(itertools.repeat, shape)), strict=True):
+        starts = sorted({(case.optimizer, case.seed) for case in cases})
+        list(pool.map(train_start, *zip(*starts, strict=True), itertools.repeat(work)))
+        for case, loss in zip(cases, pool.map(run_case, cases, itertools.repeat(work)), strict=True):
             found.setdefault(case.name, {})[str(case.seed)] = loss
             print(case.name, case.seed, f"{loss:.4f}", flush=True)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(found, indent=1))
     for name, losses in found.items():
         values = losses.values()

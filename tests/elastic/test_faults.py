@@ -1,19 +1,16 @@
 """What happens to peers on machines with their own network; `make elastic` runs these long tests."""
 
 import contextlib
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from commands import BIN, ROOT, SHORT
+from commands import BIN, SHORT
 from disks import tmpfs
 from elastic_peers import FLAGS, Peers
+from python_library import prepare_library
 from run_folders import rows, sha256
 
 pytestmark = [pytest.mark.netns, pytest.mark.elastic, pytest.mark.timeout(3600)]
@@ -184,7 +181,7 @@ def test_random_kills_joins_and_stops_for_ten_minutes(peers, tmp_path):
     first, *_, last = short.rounds("alder")[1:]
     rate = (last["step"] - first["step"]) / sum(row["round_seconds"] for row in short.rounds("alder")[2:])
     short.stop(*NAMES)
-    flags = ["--dataset-path", python_sources(tmp_path), "--max-steps", int(660 * rate), "--checkpoint-every", 200]
+    flags = ["--dataset-path", prepare_library(tmp_path), "--max-steps", int(660 * rate), "--checkpoint-every", 200]
     flags += ["--eval-fraction", 0.005, "--eval-every", int(60 * rate)]
     four = peers(4, *flags, folder=tmp_path / "disturbed")
     disturb(four, chance=random.Random(13))
@@ -200,18 +197,6 @@ def test_random_kills_joins_and_stops_for_ten_minutes(peers, tmp_path):
     assert losses[0]["eval_loss"] == pytest.approx(losses[1]["eval_loss"], rel=0.02)
     folders = [tmp_path / "disturbed" / name for name in NAMES]
     assert max(row["tokens_lost"] for folder in folders for row in rows(folder, "tokens_lost")) > 0
-
-
-def python_sources(folder: Path) -> Path:
-    """Returns a token store of Python's own library: as much text as the run reads, so that no text repeats."""
-    files = sorted(path for path in Path(os.__file__).parent.rglob("*.py") if "site-packages" not in path.parts)
-    with open(folder / "sources.jsonl", "w") as file:
-        for path in files:
-            file.write(json.dumps({"text": path.read_text(errors="replace")}) + "\n")
-    words = [sys.executable, "scripts/prepare_data.py", "--model-name", "data/tiny_gpt2"]
-    words += ["--dataset-path", folder / "sources.jsonl", "--output-dir", folder / "store"]
-    subprocess.run([*map(str, words)], cwd=ROOT, check=True)
-    return folder / "store"
 
 
 def disturb(four: Peers, chance: random.Random) -> None:
