@@ -240,12 +240,18 @@ class Peer:
             speeds = [1 / each for each in seconds] if all(seconds) else [1.0] * len(seconds)
             parts = self.state.ledger.divide(batch_size, speeds)
             todo = [parts[index]] if len(parts[index]) else []
-            return Work(index, len(ready), plan, todo, np.concatenate(parts), num_planned=1)
+            planned = self._planned_tokens(ready, list(map(len, parts)))
+            return Work(index, len(ready), plan, todo, np.concatenate(parts), 0.0, 1, planned)
         exchange_seconds = max(each.exchange_seconds for each in facts)
         pace = plan_round([each.step_seconds for each in facts], exchange_seconds, self.config.sync_every)
         samples = self.state.ledger.samples_of(index, len(ready), pace.steps[index], batch_size)
         todo = [each for each in samples if len(each)]
-        return Work(index, len(ready), plan, todo, None, pace.seconds, sum(pace.steps))
+        planned = self._planned_tokens(ready, [steps * batch_size for steps in pace.steps])
+        return Work(index, len(ready), plan, todo, None, pace.seconds, sum(pace.steps), planned)
+
+    def _planned_tokens(self, ready: list[Member], num_samples: list[int]) -> dict[str, tuple[str, int]]:
+        tokens = [count * self.config.sequence_length for count in num_samples]
+        return {each.id: (each.facts.name, count) for each, count in zip(ready, tokens, strict=True)}
 
     def linger(self) -> None:
         """Serves a complete run until all living peers have it; waits for a late one as long as it comes nearer."""

@@ -29,7 +29,7 @@ class RoundLog:
         warn_of_flags_without_effect(config)
         self._spikes = SpikeDetector()
         self._grad_norm = 0.0
-        self._lost_targets = 0  # predicted tokens that were computed and then dropped, since the start
+        self._lost_tokens = 0  # since the start
         self._row_began = time.monotonic()
         # Since the last row
         self._samples: list[list[int]] = []
@@ -44,12 +44,15 @@ class RoundLog:
             self._run.log.write(step=self._run.step, event="loss_spike", loss=mean_loss, usual_loss=usual)
 
     def lost(self, num_targets: int) -> None:
-        """Counts predicted tokens that were computed and then dropped."""
-        self._lost_targets += num_targets
+        """Counts predicted tokens that this peer has computed and then dropped."""
+        self._lost_tokens += num_targets
         logger.warning(f"{num_targets:,} tokens of this peer are lost; their samples are trained again")
 
     def committed(self, exchanged: Exchanged, own: Work) -> None:
         """Records a commit; `round_done` logs all since the last row.
+
+        Whatever a peer of the round has computed that is not in the commit is lost. That peer may be gone, so its
+        planned tokens count: at most so many it has computed.
 
         Args:
             exchanged: what was committed, and how long that took.
@@ -59,6 +62,9 @@ class RoundLog:
         self._num_bytes += exchanged.num_bytes
         self._sync_seconds += exchanged.seconds
         self._compute_seconds += own.compute_seconds
+        for name, tokens in own.missing(exchanged.commit.contributors):
+            self._lost_tokens += tokens
+            logger.warning(f"at most {tokens:,} tokens of {name} are lost; their samples are trained again")
 
     def round_done(
         self, peer: Peer, exchanged: Exchanged, ready: list[Member], own: Work, learning_rate: float, step: int
@@ -99,7 +105,7 @@ class RoundLog:
             "round_seconds": seconds,
             "wait_seconds": own_wait,
             "utilization": min(1.0, self._compute_seconds / seconds),
-            "tokens_lost": self._lost_targets,
+            "tokens_lost": self._lost_tokens,
             "weights_hash": peer.state.outer.weights_hash(),
             "samples": self._samples,
             "participants": participants,

@@ -20,6 +20,9 @@ class Work:
         todo: the samples of each step that it computes; none of them is empty.
         batch: with --sync-every 1, the samples of all peers in the step; else None.
         planned_seconds: that the steps of the round should take; 0: not known.
+        num_planned: steps of all peers in this round.
+        planned_tokens: (name, tokens) by identifier, of each peer of the round in their order; at most so much each
+            computes.
         begun_at: when the first step began, by time.monotonic; 0: not yet.
         steps, targets, loss, compute_seconds: computed: steps, predicted tokens, the sum of their loss in nats,
             seconds.
@@ -31,7 +34,8 @@ class Work:
     todo: list[np.ndarray] = field(default_factory=list)
     batch: np.ndarray | None = None
     planned_seconds: float = 0.0
-    num_planned: int = 0  # steps of all peers in this round
+    num_planned: int = 0
+    planned_tokens: dict[str, tuple[str, int]] = field(default_factory=dict)
     begun_at: float = 0.0
     steps: int = 0
     targets: int = 0
@@ -42,6 +46,17 @@ class Work:
     def busy_seconds(self) -> float:
         """Seconds since the first step began."""
         return time.monotonic() - self.begun_at if self.begun_at else 0.0
+
+    def missing(self, contributors: list[str]) -> list[tuple[str, int]]:
+        """Returns the name and planned tokens of each peer of the round whose work is not in the round's commit.
+
+        Args:
+            contributors: identifiers of those whose work is; without this peer, the commit is of another plan.
+        """
+        planned = list(self.planned_tokens.items())
+        if not planned or planned[self.index][0] not in contributors:
+            return []
+        return [facts for identifier, facts in planned if identifier not in contributors and facts[1]]
 
 
 @dataclass(frozen=True)

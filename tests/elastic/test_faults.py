@@ -48,6 +48,7 @@ def test_others_commit_soon_after_a_kill_and_the_killed_peer_is_back_within_two_
     three = peers(3)
     three.kill("birch")
     assert go_on(three, ["alder", "cedar"]) < 15
+    assert three.rounds("alder")[-1]["tokens_lost"] > 0, "what birch had computed"
     three.start("birch")
     three.wait_for_round("birch", three.last_round("alder") + 1)
     go_on(three, NAMES[:3])
