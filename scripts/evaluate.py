@@ -29,7 +29,7 @@ from forge_lib.data.corpus import describe_store, prepare_store
 from forge_lib.data.token_store import TokenStore
 from forge_lib.data.tokenizing import vocabulary_size
 from forge_lib.distributed.agreement import Agreement, agree, check_world, compare_inputs
-from forge_lib.distributed.device import choose_device
+from forge_lib.distributed.device import choose_device, choose_micro_batch_size
 from forge_lib.distributed.environment import check_environment
 from forge_lib.distributed.facts import InputFacts, local_facts
 from forge_lib.distributed.peers import Peers
@@ -58,7 +58,7 @@ class MeasureConfig:
         0.0, "only what train.py held out with this value; 0: the whole text", "FRACTION", at_least=0, below=1
     )
     seed: int = seed_flag("the seed of train.py, which selects what was held out")
-    micro_batch_size: int = flag(8, "sequences per forward pass on one device", "SEQUENCES", at_least=1)
+    micro_batch_size: int = flag(0, "sequences per forward pass; 0: chosen", "SEQUENCES", at_least=0)
     metrics: list[str] = field(
         default_factory=list,
         metadata={"help": "metrics of the evaluate package for generated text", "metavar": "NAME"},
@@ -109,7 +109,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             accelerator,
             model,
             dataset,
-            config.micro_batch_size,
+            config.micro_batch_size or choose_micro_batch_size(device, config.sequence_length),
             tokens_per_byte=store.manifest["num_tokens"] / store.manifest["num_text_bytes"],
             barrier=lambda: peers.barrier("evaluated"),
         )

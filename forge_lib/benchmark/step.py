@@ -153,7 +153,7 @@ def train(setting: Setting, workload: Workload, num_processes: int = 1, compiled
     """Trains with train.py; each process has one thread."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--model-name", setting.model(workload), "--dataset-path", setting.store, "--output-dir", folder]
-        flags += ["--batch-size", workload.batch_size, "--micro-batch-size", workload.batch_size // num_processes]
+        flags += ["--batch-size", workload.batch_size]
         flags += ["--sequence-length", workload.sequence_length, "--max-steps", WARM_STEPS + workload.steps]
         flags += ["--mixed-precision", "no", "--lr-scheduler", "constant", "--log-every", 1, "--eval-every", 0]
         flags += ["--checkpoint-every", 0, *(["--compile"] if compiled else []), *workload.flags]

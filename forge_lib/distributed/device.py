@@ -10,6 +10,9 @@ from forge_lib.distributed.threads import set_threads
 from forge_lib.errors import UserError
 from forge_lib.process import World
 
+MICRO_BATCH_SIZE = 8
+CPU_TOKENS = 1024  # of a forward pass on a CPU
+
 
 def choose_device(wanted: str, world: World) -> str:
     """Returns "cuda" and makes this process's GPU the current one; or "cpu" and sets the number of threads; or "mps".
@@ -38,3 +41,14 @@ def choose_device(wanted: str, world: World) -> str:
         )
     torch.cuda.set_device(world.local_process_index)
     return "cuda"
+
+
+def choose_micro_batch_size(device: str, sequence_length: int, num_machines: int = 1) -> int:
+    """Returns how many sequences a forward pass has, if the user does not say it: 8, or fewer on CPUs.
+
+    A CPU is fastest, and needs least memory, if its cache holds what a layer computes. But with several machines,
+    only the last backward pass of a step hides the exchange of the gradients: then it should be long.
+    """
+    if device != "cpu" or num_machines > 1:
+        return MICRO_BATCH_SIZE
+    return min(MICRO_BATCH_SIZE, max(1, CPU_TOKENS // sequence_length))

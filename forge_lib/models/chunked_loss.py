@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from forge_lib.config import IGNORED_LABEL
 
-SLICE_NUMBERS = 1 << 24  # logits of a slice: 64 MiB in fp32
-LEAST_ROWS = 64  # fewer make the matrix product slow
+LEAST_ROWS = 256  # fewer make the matrix product slow; more are not faster on CPUs
+GPU_NUMBERS = 1 << 26  # logits of a slice on a GPU: 256 MiB in fp32
 
 
-def slice_rows(vocab_size: int) -> int:
-    """Returns how many predictions a slice has."""
-    return max(LEAST_ROWS, SLICE_NUMBERS // vocab_size)
+def slice_rows(vocab_size: int, device: str) -> int:
+    """Returns how many predictions a slice has; `device`: a type of device, as "cpu"."""
+    return LEAST_ROWS if device == "cpu" else max(LEAST_ROWS, GPU_NUMBERS // vocab_size)
 
 
 def chunked_loss_sum(
@@ -49,12 +49,24 @@ def chunked_evaluation_sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the loss of `chunked_loss_sum`, and how many labels are the likeliest prediction, as scalars."""
     loss, num_correct = torch.zeros((), device=hidden.device), torch.zeros((), dtype=torch.int64, device=hidden.device)
-    rows = slice_rows(len(weight))
+    rows = slice_rows(len(weight), hidden.device.type)
     for part, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
         logits = F.linear(part, weight, bias)
         num_correct += (logits.argmax(-1) == targets).sum()  # -100 is never predicted
         loss += _loss_sum(logits.log_softmax(1, dtype=torch.float32), targets)
     return loss, num_correct
+
+
+def _log_probabilities(
+    part: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, buffer: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns [rows, vocabulary] fp32, in `buffer` if there is one: [rows or more, vocabulary], for fp32 weights."""
+    if buffer is None:
+        return F.linear(part, weight, bias).log_softmax(1, dtype=torch.float32)
+    logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
+    if bias is not None:
+        logits += bias
+    return torch.log_softmax(logits, 1, out=logits)
 
 
 def _loss_sum(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -76,12 +88,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        loss, rows = torch.zeros((), device=hidden.device), slice_rows(len(weight))
+        loss, rows = torch.zeros((), device=hidden.device), slice_rows(len(weight), hidden.device.type)
+        buffer = None
+        if weight.dtype == torch.float32:
+            buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))  # new memory for each slice would cost time
         for start in range(0, len(hidden), rows):
             part, targets = hidden[start : start + rows], labels[start : start + rows]
             counts = targets != IGNORED_LABEL
             places = targets.clamp_min(0)[:, None]
-            log_probabilities = F.linear(part, weight, bias).log_softmax(1, dtype=torch.float32)
+            log_probabilities = _log_probabilities(part, weight, bias, buffer)
             loss += _loss_sum(log_probabilities, targets)
             if not (needs_hidden or needs_weight or needs_bias):
                 continue

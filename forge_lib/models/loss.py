@@ -86,11 +86,12 @@ def add_loss(model: transformers.PreTrainedModel) -> transformers.PreTrainedMode
     return model
 
 
-def describe_loss(model: nn.Module) -> str:
+def describe_loss(model: nn.Module, device: str) -> str:
     """Returns a sentence for the log: whether the loss of a model with `add_loss` is computed in slices."""
     if model.full_logits_reason:
         return f"the loss needs memory for all logits: {model.full_logits_reason}"
-    return f"the loss is computed in slices of {slice_rows(model.get_output_embeddings().out_features):,} predictions"
+    rows = slice_rows(model.get_output_embeddings().out_features, device)
+    return f"the loss is computed in slices of {rows:,} predictions"
 
 
 @torch.no_grad()

@@ -121,6 +121,7 @@ class Run:
         self._trackers = messages.check_trackers(self.config.report_to)
         self._shares = divide_batch(self.config.batch_size, self.config.shares, self.world.num_processes)
         self.session = join(self.config, self.world, self.peers, self._lock)
+        self.config = self.session.config  # with the values that were chosen
         return self.session.accelerator_arguments() | {"log_with": self._trackers or None}
 
     def load_inputs(self, accelerator: Accelerator) -> Inputs:

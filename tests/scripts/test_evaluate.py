@@ -22,8 +22,8 @@ TINY = ["--model-name", "data/tiny_gpt2"]
         (EvaluateConfig, ["--eval-fraction", "1"], ["--eval-fraction is 1.0, but must be below 1"]),
         (
             EvaluateConfig,
-            ["--micro-batch-size", "0", "--sequence-length", "1"],
-            ["--micro-batch-size is 0, but must be at least 1", "--sequence-length is 1, but must be at least 2"],
+            ["--micro-batch-size", "-1", "--sequence-length", "1"],
+            ["--micro-batch-size is -1, but must be at least 0", "--sequence-length is 1, but must be at least 2"],
         ),
         (GenerateConfig, ["--temperature", "-1"], ["--temperature is -1.0, but must be at least 0"]),
         (GenerateConfig, ["--max-new-tokens", "0"], ["--max-new-tokens is 0, but must be at least 1"]),
