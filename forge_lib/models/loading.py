@@ -19,6 +19,7 @@ from torch import nn
 from forge_lib.config import ModelConfig, ModelNameConfig
 from forge_lib.errors import UserError, first_line
 from forge_lib.models.checking import check_gradient
+from forge_lib.models.compilation import compile_model
 from forge_lib.models.loss import add_loss
 from forge_lib.models.weight_files import (
     check_loaded_keys,
@@ -119,7 +120,7 @@ def adapt_model(model: transformers.PreTrainedModel, config: ModelConfig) -> nn.
             raise UserError(f"--lora-rank does not work with {kind} ({first_line(error)})") from None
         check_gradient(model, "--lora-rank")
     if config.compile:
-        model.compile()  # in place: the names and types of the model's parts do not change
+        compile_model(model)
     return model
 
 

@@ -18,6 +18,7 @@ from forge_lib.data.tokenizing import splitting_fingerprint, tokenizer_fingerpri
 from forge_lib.distributed.agreement import compare_inputs, describe_world
 from forge_lib.distributed.facts import InputFacts
 from forge_lib.models.checking import check_model
+from forge_lib.models.compilation import prepare_compiler
 from forge_lib.models.document_attention import use_document_attention
 from forge_lib.models.fingerprints import hash_config, hash_weights
 from forge_lib.models.loading import adapt_model, load_model, load_tokenizer, model_exists
@@ -91,6 +92,7 @@ def load_inputs(session: Session) -> Inputs:
         UserError: something cannot be loaded, or the machines have loaded different models or data.
     """
     config, peers = session.config, session.peers
+    compiler = prepare_compiler() if config.compile else None
     peers.set_status("loading the model")
     fetch_model(session)
     tokenizer = load_tokenizer(config)
@@ -123,6 +125,8 @@ def load_inputs(session: Session) -> Inputs:
     identity = describe_identity(config, model, store, tokenizer) | {
         "initial_weights": "random" if is_random else weights
     }
+    if compiler:
+        compiler.join()
     notes = ["random weights" + (" (--from-scratch)" if config.from_scratch else ": the model folder has none")]
     notes = (
         (notes if is_random else [])
