@@ -93,7 +93,7 @@ class WeightsConfig:
         0.0, "dropout of all layers; above 0 the losses depend on how the batch is divided", "P", at_least=0, below=1
     )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    compile: bool = flag(False, "torch.compile the model")
+    compile: bool = flag(False, "torch.compile the model's layers")
     lora_rank: int = flag(0, "train LoRA adapters of this rank; 0 trains all weights", "RANK", at_least=0)
     lora_alpha: float = flag(16.0, "scale of the LoRA adapters", "ALPHA")
 
