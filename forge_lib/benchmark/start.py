@@ -55,10 +55,13 @@ def measure_starts(setting: Setting, rounds: int) -> Report:
     compiled = {"TORCHINDUCTOR_CACHE_DIR": cache}
     first_step(setting, ["--compile"], compiled)  # fills the cache
     imports = [["python", "-c", "import torch, transformers"]]
+    classes = [["python", "-c", "import torch, transformers; transformers.LlamaForCausalLM"]]  # imported when used
     new, old = LATE_STEPS[0], LATE_STEPS[-1]
     pairs: list[tuple[str, str, Callable[[], float], Callable[[], float]]] = [
         ("first step, warm store", "import torch, transformers",
          lambda: first_step(setting), lambda: run_programs(imports).seconds),
+        ("first step, warm store", "the same, and the model's class",
+         lambda: first_step(setting), lambda: run_programs(classes).seconds),
         (f"resume at step {old:,}", f"resume at step {new:,}",
          lambda: resumed(setting, runs[old]), lambda: resumed(setting, runs[new])),
         (f"resume at step {LATE_STEPS[1]:,}", f"resume at step {new:,}",

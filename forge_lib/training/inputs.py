@@ -92,15 +92,10 @@ def load_inputs(session: Session) -> Inputs:
         UserError: something cannot be loaded, or the machines have loaded different models or data.
     """
     config, peers = session.config, session.peers
-    compiler = prepare_compiler() if config.compile else None
     peers.set_status("loading the model")
     fetch_model(session)
     tokenizer = load_tokenizer(config)
-    model = _load_seeded(session, tokenizer)
-    changes_in_evaluation = check_model(model, config.mask_documents, config.sequence_length)
-    if changes_in_evaluation:  # the check has changed it
-        model = _load_seeded(session, tokenizer)
-    model = adapt_model(model, config)
+    model, changes_in_evaluation = _load_model(session, tokenizer)
     store = eval_store = fetch_store(session, "dataset_path", tokenizer)
     if config.eval_dataset_path:
         eval_store = fetch_store(session, "eval_dataset_path", tokenizer)
@@ -125,8 +120,6 @@ def load_inputs(session: Session) -> Inputs:
     identity = describe_identity(config, model, store, tokenizer) | {
         "initial_weights": "random" if is_random else weights
     }
-    if compiler:
-        compiler.join()
     notes = ["random weights" + (" (--from-scratch)" if config.from_scratch else ": the model folder has none")]
     notes = (
         (notes if is_random else [])
@@ -149,6 +142,19 @@ def load_inputs(session: Session) -> Inputs:
         notes,
         changes_in_evaluation,
     )
+
+
+def _load_model(session: Session, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[torch.nn.Module, bool]:
+    """Returns the model of the run, and whether its weights or buffers change in evaluation mode."""
+    config = session.config
+    compiler = prepare_compiler() if config.compile else None
+    model = _load_seeded(session, tokenizer)
+    changes_in_evaluation = check_model(model, config.mask_documents, config.sequence_length)
+    if changes_in_evaluation:  # the check has changed it
+        model = _load_seeded(session, tokenizer)
+    if compiler:
+        compiler.join()
+    return adapt_model(model, config), changes_in_evaluation
 
 
 def _load_seeded(session: Session, tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedModel:

@@ -93,8 +93,6 @@ class StepLog:
         self._log_spike(step, loss)
         if not is_due:
             return
-        if not self._throughput.peak_flops:
-            self.measure_peak_flops()  # not before the first step: it would delay it
         peak_memory, own_seconds = self._gather_figures()
         self._log_straggler(step, own_seconds)
         tokens_per_second, mfu = self._throughput.pop()
@@ -122,6 +120,8 @@ class StepLog:
             f"step {step}/{plan.num_steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  "
             f"lr {learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s"
         )
+        if not self._throughput.peak_flops:
+            self.measure_peak_flops()  # here: it would delay the first row
 
     def _gather_figures(self) -> tuple[int, list[float]]:
         """Returns the largest peak memory of any process, in bytes, and the seconds that each computed, by rank."""
