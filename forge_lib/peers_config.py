@@ -43,7 +43,7 @@ class PeersConfig:
     )
     outer_momentum: float = flag(
         -1.0,
-        "Nesterov momentum of the outer optimizer; -1: 0.9, or 0 for one peer and for sparse",
+        "Nesterov momentum of the outer optimizer; -1: 0.6, or 0 for one peer and for sparse",
         "MOMENTUM",
         at_least=-1,
         below=1,

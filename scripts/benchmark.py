@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from forge_lib.benchmark.model import sized_config, write_model
-from forge_lib.benchmark.network import MODES, measure_links
+from forge_lib.benchmark.network import MODES, check_rights, measure_links
 from forge_lib.benchmark.prepare import measure_preparing
 from forge_lib.benchmark.report import Report, import_pyplot, write_report
 from forge_lib.benchmark.save import measure_saves
@@ -80,6 +80,8 @@ def main(config: BenchmarkConfig) -> None:
     """Measures, prints each table as soon as it is there, and writes the reports."""
     import_pyplot()  # reports now if it is missing
     names = list(BENCHMARKS) if config.what == "all" else [config.what]
+    if "network" in names:
+        check_rights()
     for name in names:
         for report in BENCHMARKS[name](config):
             write_report(report, Path(config.report_dir).expanduser())
@@ -100,7 +102,7 @@ def step(config: BenchmarkConfig) -> list[Report]:
 
 def memory(config: BenchmarkConfig) -> list[Report]:
     """Measures how speed and memory grow."""
-    return measure_growth(Setting(work_folder(config), config.model_name, config.dataset_path))
+    return measure_growth(Setting(work_folder(config), config.model_name, config.dataset_path), config.rounds)
 
 
 def start(config: BenchmarkConfig) -> list[Report]:

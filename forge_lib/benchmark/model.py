@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from forge_lib.config import TrainConfig
+from forge_lib.models.loss import add_loss
 from forge_lib.models.optimizers import build_optimizers
 
 
@@ -24,7 +25,7 @@ def make_model(
     config: transformers.PretrainedConfig,
 ) -> tuple[torch.nn.Module, list[torch.optim.Optimizer], dict[str, torch.Tensor]]:
     """Returns a model with random weights, its optimizers, and a batch of random tokens, [4, 128] int64."""
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = add_loss(transformers.AutoModelForCausalLM.from_config(config))
     optimizers = build_optimizers(model, TrainConfig(model_name="-", dataset_path="-", output_dir="-"))
     ids = torch.randint(0, config.vocab_size, (4, 128))
     return model, optimizers, {"input_ids": ids, "labels": ids}

@@ -63,6 +63,12 @@ class NetworkFigure:
     exchange_seconds: float = 0.0
 
 
+def check_rights() -> None:
+    """Raises UserError if this process may not create machines."""
+    if os.geteuid():
+        raise UserError("the links between machines are Linux network namespaces: run this as root")
+
+
 class Machines:
     """Machines with one core each, and the programs that run on them; more than two share two cores.
 
@@ -76,8 +82,6 @@ class Machines:
     """
 
     def __init__(self, count: int, rate: int):
-        if os.geteuid():
-            raise UserError("the links between machines are Linux network namespaces: run this as root")
         self.folder = Path(tempfile.mkdtemp())
         self.hosts = Hosts(count)
         self._running: list[subprocess.Popen] = []

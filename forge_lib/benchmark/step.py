@@ -5,7 +5,6 @@ rounds; a single figure depends on what else the machine does.
 """
 
 import json
-import socket
 import statistics
 import sys
 import tempfile
@@ -17,10 +16,14 @@ import torch
 import transformers
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
-from forge_lib.benchmark.processes import run_programs
+from forge_lib.benchmark.processes import Finished, run_programs
 from forge_lib.benchmark.trainer import Task
+from forge_lib.errors import UserError
 
 WARM_STEPS = 2
+LEAST_VOCABULARY = 2048  # of the models that are measured
+NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # as in train.py
+MAX_LOSS_DIFFERENCE = 1e-4  # relative, in fp32: a larger one means that the trainers do not train the same
 LLAMA = {"intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8}
 
 
@@ -59,7 +62,7 @@ def llama(vocab_size: int = 8192, hidden_size: int = 256, positions: int = 2048)
 
 
 LLAMA_9M = Workload("Llama, 9 M", llama())
-GPT2_124M = Workload("GPT-2, 124 M", GPT2Config(), batch_size=4, steps=3)
+GPT2_124M = Workload("GPT-2, 124 M", GPT2Config(**NO_DROPOUT), batch_size=4, steps=3)
 LLAMA_49K = Workload("Llama, vocabulary 49,152", llama(49_152), batch_size=4, sequence_length=1024, steps=3)
 
 
@@ -112,10 +115,18 @@ class Setting:
         folder: for models, data and runs.
         model_name: its tokenizer is used.
         dataset: path of the text.
+
+    Raises:
+        UserError: the tokenizer has too many tokens.
     """
 
     def __init__(self, folder: Path, model_name: str, dataset: str):
         self.folder, self._model_name = folder, model_name
+        if (size := len(transformers.AutoTokenizer.from_pretrained(model_name))) > LEAST_VOCABULARY:
+            raise UserError(
+                f"--model-name {model_name}: its tokenizer has {size:,} tokens; step, memory and start need one of at "
+                f"most {LEAST_VOCABULARY:,}, as in data/tiny_gpt2, because they change the size of the vocabulary"
+            )
         self.store = folder / "store"
         flags = ["--model-name", model_name, "--dataset-path", dataset, "--sample-by", "paragraph"]
         run_programs([["python", "scripts/prepare_data.py", *flags, "--output-dir", self.store]])
@@ -157,8 +168,7 @@ def train(setting: Setting, workload: Workload, num_processes: int = 1, compiled
         flags += ["--sequence-length", workload.sequence_length, "--max-steps", WARM_STEPS + workload.steps]
         flags += ["--mixed-precision", "no", "--lr-scheduler", "constant", "--log-every", 1, "--eval-every", 0]
         flags += ["--checkpoint-every", 0, *(["--compile"] if compiled else []), *workload.flags]
-        command = ["python", "scripts/train.py", *flags]
-        ended = run_programs([command] * num_processes, _variables(num_processes))
+        ended = _run(["scripts/train.py", *flags], num_processes)
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     speed = statistics.median(row["tokens_per_second"] for row in steps[WARM_STEPS:])
@@ -172,23 +182,17 @@ def train_baseline(setting: Setting, workload: Workload, num_processes: int = 1,
         batch_size=workload.batch_size, sequence_length=workload.sequence_length, num_processes=num_processes,
         checkpointing="--gradient-checkpointing" in workload.flags,
     )  # fmt: skip
-    command = ["python", "-m", "forge_lib.benchmark.trainer", json.dumps(asdict(task))]
-    ended = run_programs([command] * num_processes, _variables(num_processes))
+    ended = _run(["-m", "forge_lib.benchmark.trainer", json.dumps(asdict(task))], num_processes)
     found = json.loads(ended.output.splitlines()[-1])
     seconds = statistics.median(found["seconds"][WARM_STEPS - 1 :])
     return Measured(workload.tokens / seconds, ended.peak_bytes, found["losses"])
 
 
-def _variables(num_processes: int) -> list[dict[str, str]]:
-    """Returns the environment variables of each process, those of torchrun if there are several."""
-    if num_processes == 1:
-        return [{"OMP_NUM_THREADS": "1"}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
-    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+def _run(words: Sequence[object], num_processes: int) -> Finished:
+    """Runs a Python program, with torchrun if it has several processes; each has one thread."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes]
+    command = ["python", *(launcher if num_processes > 1 else []), *words]
+    return run_programs([command], [{"OMP_NUM_THREADS": "1"}])
 
 
 def _compare(name: str, kind: str, num_processes: int, pairs: list[tuple[Measured, Measured]]) -> StepFigure:
@@ -196,6 +200,9 @@ def _compare(name: str, kind: str, num_processes: int, pairs: list[tuple[Measure
     differences = [
         abs(a - b) / b for ours, baseline in pairs for a, b in zip(ours.losses, baseline.losses, strict=True)
     ]
+
+    if max(differences) > MAX_LOSS_DIFFERENCE:
+        raise RuntimeError(f"{name}: the losses differ by up to {max(differences):.1e}, so the speeds say nothing")
 
     def median(of: str, which: int) -> float:
         return statistics.median(getattr(pair[which], of) for pair in pairs)

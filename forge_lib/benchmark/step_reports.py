@@ -20,7 +20,6 @@ from forge_lib.benchmark.step import (
 )
 
 COLUMNS = ("model", "beside Trainer", "processes", "tokens/s", "Trainer", "ratio", "peak MB", "Trainer", "ratio")
-GROWTH_ROUNDS = 1
 
 
 def measure_steps(setting: Setting, rounds: int) -> Report:
@@ -54,7 +53,7 @@ def measure_limit(setting: Setting, rounds: int) -> Report:
     return Report("limit", "Arithmetic, fp32, one thread", columns, [row], [figure], plot)
 
 
-def measure_growth(setting: Setting) -> list[Report]:
+def measure_growth(setting: Setting, rounds: int) -> list[Report]:
     """Measures tokens/s and memory over the vocabulary, the sequence length and the width."""
     vocabularies = [
         (size, Workload(f"vocabulary {size}", llama(size), 4, 256, 3)) for size in (2048, 8192, 32_768, 131_072)
@@ -66,12 +65,12 @@ def measure_growth(setting: Setting) -> list[Report]:
     return [
         report
         for name, points in (("vocabulary", vocabularies), ("sequence length", sequences), ("width", widths))
-        for report in _growth(setting, name, points)
+        for report in _growth(setting, name, points, rounds)
     ]
 
 
-def _growth(setting: Setting, name: str, points: Sequence[tuple[int, Workload]]) -> list[Report]:
-    found = [(size, compare_steps(setting, workload, "best", 1, GROWTH_ROUNDS)) for size, workload in points]
+def _growth(setting: Setting, name: str, points: Sequence[tuple[int, Workload]], rounds: int) -> list[Report]:
+    found = [(size, compare_steps(setting, workload, "best", 1, rounds)) for size, workload in points]
 
     def curves(axes: Any, value: Callable[[StepFigure, bool], float], what: str) -> None:
         for is_baseline, label in ((False, "train.py"), (True, "transformers.Trainer")):

@@ -8,6 +8,7 @@ same blocks in the same order, the same initial weights, AdamW with the same rat
 
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -120,4 +121,5 @@ def train(task: Task) -> dict[str, list[float]]:
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     found = train(Task(**json.loads(sys.argv[1])))
-    print(json.dumps(found))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found))

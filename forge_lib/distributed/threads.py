@@ -27,15 +27,19 @@ def available_cores() -> int:
 def set_threads(world: World) -> None:
     """Gives each process of this machine its share of the cores, unless the user has set OMP_NUM_THREADS.
 
-    accelerate and torchrun give each process one thread where nobody has said otherwise.
+    Where nobody has said otherwise, torchrun gives each process one thread, and accelerate one thread or a share of
+    the machine's cores that ignores containers.
     """
-    if not is_set_by_user():
-        torch.set_num_threads(max(1, available_cores() // world.num_local_processes))
+    if is_set_by_user():
+        return
+    threads = max(1, available_cores() // world.num_local_processes)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate sets another number
 
 
 def is_set_by_user() -> bool:
     """Returns whether the user, rather than the launcher, has set the number of threads."""
-    if os.environ.get("OMP_NUM_THREADS") != "1" or not is_launched():
+    if "OMP_NUM_THREADS" not in os.environ or not is_launched():
         return "OMP_NUM_THREADS" in os.environ
     try:
         launcher = psutil.Process(os.getppid())

@@ -99,7 +99,7 @@ class RoundLog:
             "sync_seconds": self._sync_seconds,
             "bytes_sent": self._num_bytes,
             "mfu": self._run.step_log.model_flops_utilization(own.targets / seconds),
-            "peak_memory_bytes": self._run.step_log.memory.pop(),
+            "peak_memory_bytes": self._run.step_log.memory.pop() or None,
             "num_processes": self._run.accelerator.num_processes,
             "round": commit.round + 1,
             "round_seconds": seconds,

@@ -159,7 +159,6 @@ class Rounds:
                 self._peer.state.start_after(self.run.inputs.plan.num_samples(self.run.step))
             self._peer.state.replay()
         copy_weights(self.run.accelerator, self.outer.flat.parameters)
-        self.run.step_log.measure_peak_flops()
         self._meet()
         self._joined_late = not saved and self.run.step > 0 and self.config.sync_every != 1
 

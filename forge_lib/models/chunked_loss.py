@@ -120,7 +120,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, bias = ctx.gradients
         ctx.gradients = None  # once only
         for each in (hidden, weight, bias):
-            if each is not None:
+            if each is not None and each.dtype.itemsize < 4:
+                each.copy_(each.float() * factor)  # the factor itself must not be rounded
+            elif each is not None:
                 each.mul_(factor)
         weight_dtype, bias_dtype = ctx.dtypes
         weight = weight if weight is None else weight.to(weight_dtype)

@@ -64,7 +64,8 @@ def documents_mask(
 ) -> torch.Tensor | None:
     """Returns where documents start, [batch, sequence] bool, instead of a mask; for anything else sdpa's mask."""
     is_packed = q_length == kv_length > 1 and q_offset == kv_offset and not allow_is_causal_skip
-    if not is_packed or attention_mask is not None or local_size is not None or use_vmap:
+    has_window = local_size is not None and local_size < q_length
+    if not is_packed or attention_mask is not None or has_window or use_vmap:
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
             allow_is_causal_skip, use_vmap=use_vmap, device=device, **kwargs,
@@ -74,6 +75,7 @@ def documents_mask(
     return torch.cat([continues.new_ones(batch_size, 1), ~continues.expand(batch_size, -1)], dim=1)
 
 
+@torch.compiler.disable  # the number of documents differs from batch to batch
 def documents_attention(
     module: nn.Module,
     query: torch.Tensor,

@@ -37,7 +37,7 @@ class PeakMemory:
         return self._restart()
 
     def pop(self) -> int:
-        """Returns the peak of the steps since the last call, without the time of saves."""
+        """Returns the peak of the steps since the last call, without the time of saves; 0: all of it was one save."""
         if not self._is_saving:
             self._of_steps = max(self._of_steps, self._restart())
         peak, self._of_steps = self._of_steps, 0
@@ -49,10 +49,11 @@ class PeakMemory:
             peak = torch.cuda.max_memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
             return peak
-        if not STATUS.exists():
+        lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+        line = next((line for line in lines if line.startswith("VmHWM:")), "")
+        if not line:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             return peak if sys.platform == "darwin" else peak * 1024
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         with contextlib.suppress(OSError):  # a container may forbid it
             CLEAR.write_text(CLEAR_PEAK)
         return int(line.split()[1]) * 1024

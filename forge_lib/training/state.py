@@ -43,12 +43,8 @@ def describe_state(session: Session, inputs: Inputs, step: int, scaler_state: di
 
 
 def agreed_config(session: Session) -> dict:
-    """Returns the configuration that all processes share, with what was chosen for `auto` and 0."""
-    chosen = {
-        "mixed_precision": session.agreement.mixed_precision,
-        "micro_batch_size": session.config.micro_batch_size,
-    }
-    return session.agreement.processes[0].config | chosen
+    """Returns the configuration that all processes share, with the precision that they agreed on."""
+    return session.agreement.processes[0].config | {"mixed_precision": session.agreement.mixed_precision}
 
 
 def changed_settings(session: Session, state: dict) -> list[str]:

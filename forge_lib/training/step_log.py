@@ -65,8 +65,10 @@ class StepLog:
     def measure_peak_flops(self) -> None:
         """Measures the peak FLOP/s of all processes at the same time: half a second. Call on all processes."""
         device = self.accelerator.device
-        dtype = torch.float32 if self.session.agreement.mixed_precision == "no" else torch.bfloat16
-        own = reliable_matmul_flops(device, dtype)
+        precision, rank = self.session.agreement.mixed_precision, self.accelerator.process_index
+        is_slow = precision == "bf16" and "bf16" not in self.session.agreement.processes[rank].flops  # takes minutes
+        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        own = None if is_slow else reliable_matmul_flops(device, dtype)
         everyones = gather(torch.tensor([own or math.nan], dtype=sum_dtype(device), device=device))
         self._throughput.peak_flops = everyones.sum().item()
 
@@ -110,7 +112,7 @@ class StepLog:
             "sync_seconds": sync_seconds,
             "bytes_sent": bytes_sent,
             "mfu": mfu,
-            "peak_memory_bytes": peak_memory,
+            "peak_memory_bytes": peak_memory or None,
             "num_processes": self.accelerator.num_processes,
         }
         self.log.write(**row)

@@ -22,7 +22,8 @@ class StepTotals:
     def __init__(self, losses: list[torch.Tensor], must_stop: bool):
         self.losses, dtype = losses, sum_dtype(losses[0].device)
         loss = torch.stack(losses).sum().to(dtype)
-        self._totals = torch.stack([loss, losses[0].new_tensor(must_stop, dtype=dtype)])
+        stopping = torch.full_like(loss, float(must_stop))  # without a copy from main memory
+        self._totals = torch.stack([loss, stopping])
         self._work = dist.all_reduce(self._totals, async_op=True) if dist.is_initialized() else None
 
     def wait(self, *others: torch.Tensor) -> list[float]:

@@ -19,8 +19,9 @@ class Launcher:
 
 @pytest.fixture(autouse=True)
 def keep_threads(monkeypatch):
-    """Restores the number of threads."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    """Restores the number of threads, and the variable."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # it is restored, whatever a test does
+    monkeypatch.delenv("OMP_NUM_THREADS")
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -33,6 +34,7 @@ def keep_threads(monkeypatch):
         ({"OMP_NUM_THREADS": "3"}, Launcher({}), True),
         ({"OMP_NUM_THREADS": "1"}, Launcher({}), True),  # nothing launched it
         ({"OMP_NUM_THREADS": "1", "RANK": "0"}, Launcher({}, "accelerate", "launch"), False),
+        ({"OMP_NUM_THREADS": "32", "RANK": "0"}, Launcher({}, "accelerate", "launch"), False),  # of a container's host
         ({"OMP_NUM_THREADS": "1", "RANK": "0"}, Launcher({"OMP_NUM_THREADS": "1"}), True),
         ({"OMP_NUM_THREADS": "1", "RANK": "0"}, Launcher({}, "--num-cpu-threads-per-process=1"), True),
         ({"OMP_NUM_THREADS": "1", "RANK": "0"}, Launcher({}, "--num_cpu_threads_per_process", "1"), True),

@@ -7,6 +7,8 @@ import pytest
 from forge_lib.benchmark.model import sized_config, write_model
 from forge_lib.benchmark.network import MODES, NetworkFigure, report_links
 from forge_lib.benchmark.report import write_report
+from forge_lib.benchmark.save import measure_saves
+from forge_lib.benchmark.step import Setting
 from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
 from scripts.benchmark import BenchmarkConfig
@@ -38,3 +40,16 @@ def test_a_model_folder_without_weights_has_the_wanted_size(tmp_path):
     assert (config.hidden_size, config.num_hidden_layers) == (256, 3)
     write_model(config, "data/tiny_gpt2", tmp_path)
     assert not list(tmp_path.glob("*.safetensors")) and (tmp_path / "tokenizer.json").exists()
+
+
+def test_the_cost_of_checkpoints_is_measured(tmp_path):
+    config = sized_config("data/tiny_gpt2", 32, 1, trust_remote_code=False)
+    (figures,) = measure_saves(config, tmp_path / "checkpoints", rounds=1, steps=3).figures
+    assert figures["checkpoint_bytes"] > 3 * 4 * 2048 * 32, "weights and two moments"
+    assert figures["save_seconds"] > 0 and figures["resume_seconds"] > 0
+
+
+def test_a_large_tokenizer_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("forge_lib.benchmark.step.LEAST_VOCABULARY", 2000)
+    with pytest.raises(UserError, match=r"its tokenizer has 2,048 tokens; step, memory and start need one of at most"):
+        Setting(tmp_path, "data/tiny_gpt2", "data/sample_corpus.txt")
