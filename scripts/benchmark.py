@@ -15,7 +15,7 @@ written to --report-dir.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from forge_lib.benchmark.report import Report, import_pyplot, write_report
 from forge_lib.benchmark.save import measure_saves
 from forge_lib.benchmark.start import measure_starts
 from forge_lib.benchmark.step import Setting
-from forge_lib.benchmark.step_reports import measure_growth, measure_limit, measure_steps
+from forge_lib.benchmark.step_reports import measure_growth, measure_limit, measure_masking, measure_steps
 from forge_lib.config import ModelNameConfig, RangeChecked, flag
 from forge_lib.distributed.reporting import report_errors
 from forge_lib.flags import parse_config
@@ -94,10 +94,10 @@ def prepare(config: BenchmarkConfig) -> list[Report]:
     return [measure_preparing(folder, config.model_name, config.dataset_path, config.rounds)]
 
 
-def step(config: BenchmarkConfig) -> list[Report]:
-    """Measures steps beside Trainer, and beside their matrix products."""
+def step(config: BenchmarkConfig) -> Iterable[Report]:
+    """Measures steps beside Trainer, beside their matrix products, and with masked documents."""
     setting = Setting(work_folder(config), config.model_name, config.dataset_path)
-    return [measure_steps(setting, config.rounds), measure_limit(setting, config.rounds)]
+    return (measure(setting, config.rounds) for measure in (measure_steps, measure_limit, measure_masking))
 
 
 def memory(config: BenchmarkConfig) -> list[Report]:
@@ -130,7 +130,7 @@ def work_folder(config: BenchmarkConfig) -> Path:
     return Path(config.output_dir).expanduser().absolute()
 
 
-BENCHMARKS: dict[str, Callable[[BenchmarkConfig], list[Report]]] = {
+BENCHMARKS: dict[str, Callable[[BenchmarkConfig], Iterable[Report]]] = {
     "prepare": prepare, "step": step, "memory": memory, "start": start, "save": save, "network": network,
 }  # fmt: skip
 

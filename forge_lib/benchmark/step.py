@@ -63,6 +63,7 @@ def llama(vocab_size: int = 8192, hidden_size: int = 256, positions: int = 2048)
 
 LLAMA_9M = Workload("Llama, 9 M", llama())
 GPT2_124M = Workload("GPT-2, 124 M", GPT2Config(**NO_DROPOUT), batch_size=4, steps=3)
+LLAMA_LONG = Workload("Llama, 9 M, sequence 2,048", llama(), batch_size=1, sequence_length=2048)
 LLAMA_49K = Workload("Llama, vocabulary 49,152", llama(49_152), batch_size=4, sequence_length=1024, steps=3)
 
 

@@ -11,6 +11,7 @@ from forge_lib.benchmark.step import (
     GPT2_124M,
     LLAMA_9M,
     LLAMA_49K,
+    LLAMA_LONG,
     Setting,
     StepFigure,
     Workload,
@@ -51,6 +52,27 @@ def measure_limit(setting: Setting, rounds: int) -> Report:
 
     columns = ["model", "tokens/s", "matrix products alone", "share"]
     return Report("limit", "Arithmetic, fp32, one thread", columns, [row], [figure], plot)
+
+
+def measure_masking(setting: Setting, rounds: int) -> Report:
+    """Measures what --mask-documents costs, beside train.py without it."""
+    masked = replace(LLAMA_LONG, flags=("--mask-documents",))
+    pairs = [(train(setting, masked), train(setting, LLAMA_LONG)) for _ in range(rounds)]
+    times = [plain.tokens_per_second / ours.tokens_per_second for ours, plain in pairs]
+    memories = [ours.peak_bytes / plain.peak_bytes for ours, plain in pairs]
+    figures = [
+        {"what": what, "ratio": statistics.median(ratios), "ratios": ratios}
+        for what, ratios in (("seconds per step", times), ("peak memory", memories))
+    ]
+    rows = [[each["what"], f"{each['ratio']:.2f} ({min(each['ratios']):.2f} to {max(each['ratios']):.2f})"]
+            for each in figures]  # fmt: skip
+
+    def plot(axes: Any) -> None:
+        bars(axes, [each["what"] for each in figures], [each["ratio"] for each in figures], [times, memories],
+             "times that without --mask-documents")  # fmt: skip
+
+    title = f"--mask-documents, {LLAMA_LONG.name}, fp32, one thread"
+    return Report("masking", title, ["what", "times that without the flag"], rows, figures, plot)
 
 
 def measure_growth(setting: Setting, rounds: int) -> list[Report]:
