@@ -38,7 +38,7 @@ from forge_lib.cluster.ports import used_ports
 from forge_lib.config import RangeChecked, TrainConfig, flag
 from forge_lib.data.batches import divide_batch
 from forge_lib.distributed.agreement import Agreement, agree
-from forge_lib.distributed.device import choose_device
+from forge_lib.distributed.device import choose_device, choose_micro_batch_size
 from forge_lib.distributed.facts import local_facts
 from forge_lib.distributed.network import public_address_warning
 from forge_lib.distributed.peers import Peers
@@ -76,7 +76,7 @@ class RunConfig:
     trust_remote_code: bool = flag(False, "run the Python code that is part of a Hub model")
     sequence_length: int = flag(512, "tokens per sequence", "TOKENS", at_least=2)
     batch_size: int = flag(32, "GLOBAL batch of one step, over all processes", "SEQUENCES", at_least=1)
-    micro_batch_size: int = flag(8, "sequences per forward pass on one device", "SEQUENCES", at_least=1)
+    micro_batch_size: int = flag(0, "sequences per forward pass; 0: chosen as in train.py", "SEQUENCES", at_least=0)
     shares: str = flag("", "the processes' shares of the batch, as in 3:1; empty: equal shares", "A:B:…")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = flag(
         "auto", "auto, no, bf16 or fp16; auto: as in cluster.yaml", "TYPE"
@@ -132,6 +132,8 @@ def make_run(config: CheckConfig, cluster: Cluster) -> TrainConfig:
     """
     if config.model_name:
         divide_batch(config.batch_size, config.shares, cluster.num_processes)
+    device = cluster.device_of(cluster.main)
+    chosen = choose_micro_batch_size(device, config.sequence_length, len(cluster.machines))
     return TrainConfig(
         model_name=config.model_name,
         trust_remote_code=config.trust_remote_code,
@@ -140,7 +142,7 @@ def make_run(config: CheckConfig, cluster: Cluster) -> TrainConfig:
         output_dir="",
         sequence_length=config.sequence_length,
         batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
+        micro_batch_size=config.micro_batch_size or chosen,
         shares=config.shares,
         mixed_precision=cluster.mixed_precision if config.mixed_precision == "auto" else config.mixed_precision,
     )

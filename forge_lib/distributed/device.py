@@ -48,7 +48,13 @@ def choose_micro_batch_size(device: str, sequence_length: int, num_machines: int
 
     A CPU is fastest, and needs least memory, if its cache holds what a layer computes. But with several machines,
     only the last backward pass of a step hides the exchange of the gradients: then it should be long.
+
+    Args:
+        device: "cpu", "cuda" or another one; "auto": a GPU if there is one.
+        sequence_length: tokens per sequence.
+        num_machines: that train together.
     """
-    if device != "cpu" or num_machines > 1:
+    is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if not is_cpu or num_machines > 1:
         return MICRO_BATCH_SIZE
     return min(MICRO_BATCH_SIZE, max(1, CPU_TOKENS // sequence_length))

@@ -10,7 +10,8 @@ SLOW, FAST = (Speed(0.0, seconds, 0.5, 0.5, 1e9) for seconds in (2.0, 1.0))
 
 
 def workload(bandwidth: float, **changes) -> Workload:
-    run = TrainConfig(model_name="-", dataset_path="-", output_dir="-", batch_size=6, sequence_length=10, **changes)
+    sizes = {"batch_size": 6, "micro_batch_size": 8, "sequence_length": 10}
+    run = TrainConfig(model_name="-", dataset_path="-", output_dir="-", **sizes, **changes)
     return Workload(run, Network(0.0, bandwidth), parameter_bytes=[100], sync_every=20)
 
 

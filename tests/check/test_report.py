@@ -16,7 +16,8 @@ from forge_lib.cluster.ports import used_ports
 from forge_lib.config import TrainConfig
 
 CLUSTER = Cluster("lab", [Machine("alice", "10.77.0.1", 1, 0), Machine("bob", "10.77.0.2", 1, 1)])
-RUN = TrainConfig(model_name="gpt2", dataset_path="-", output_dir="-", batch_size=4, sequence_length=10)
+SIZES = {"batch_size": 4, "micro_batch_size": 8, "sequence_length": 10}
+RUN = TrainConfig(model_name="gpt2", dataset_path="-", output_dir="-", **SIZES)
 STEP = ["seconds", "compute", "waiting", "sync", "tokens_per_second"]
 
 
