@@ -88,6 +88,7 @@ def train(task: Task) -> dict[str, list[float]]:
     """Trains, and returns the seconds of each step but the first, and the losses."""
     torch.manual_seed(task.seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
+    model.loss_type = "ForCausalLM"  # gpt2 names none, and then Trainer counts one target too many per sequence
     store = open_store(Path(task.store))
     blocks = BlockDataset(TokenStream(store.tokens, store.documents), task.sequence_length)
     plan = BatchPlan.of_run(len(blocks), task.batch_size, task.steps, 1.0, task.seed)
