@@ -1,6 +1,7 @@
 """How a peer gets what it lacks from a live one: the model and the data before it joins, the state afterwards."""
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from forge_lib.peers_config import ElasticConfig
 
 logger = logging.getLogger("forge")
 
+STATE_NAME = re.compile(rf"{STATE}-\d+")  # of a folder; a peer must not name another place on this machine
 DATA_FLAGS = ("dataset_path", "eval_dataset_path")
 RETRY_SECONDS = 1.0
 COMMIT_SECONDS = 5.0  # how long a commit may take beyond twice the last exchange
@@ -122,10 +124,10 @@ def catch_up(
         try:
             served = _wait_for_update(source) if commits else fetch_facts(source)["folders"]
             is_complete, is_in = _apply_updates(state, meeting, source, served.get(UPDATES, {}), folder, gives_up)
-            newest = max((name for name in served if name.startswith(STATE)), default="")
+            newest = max(filter(STATE_NAME.fullmatch, served), default="")
             if not is_complete and newest:
                 _load_state(state, meeting, source, (newest, served[newest]), folder, gives_up)
-                return False
+                return is_in
             if is_complete:
                 return is_in
         except (GoneError, UserError, SafetensorError, *NETWORK_ERRORS) as error:  # UserError: the disk is full

@@ -156,6 +156,8 @@ class Meeting:
         gradient = torch.empty(outer.flat.total)
         outer.flat.read_gradients(gradient)
         gradient += outer.error
+        if not torch.isfinite(gradient).all():
+            gradient.fill_(math.nan)  # fp16 would send an infinite number as a large one
         sent = [shards.encode(gradient, index) for index in range(len(ready))]
         weights = [float(member.id in contributors) for member in ready]
         result = self._average(ready, commit, sent, weights)
@@ -204,6 +206,8 @@ class Meeting:
     def apply_missed(self, commit: Commit, data: list[torch.Tensor]) -> bool:
         """Applies a round that others have committed; returns whether this peer's change is in it."""
         self._apply(commit, data)
+        if self._own in commit.contributors:
+            self._owner_error = None  # it is in the update already
         return self._own in commit.contributors
 
     def drop(self) -> None:

@@ -36,7 +36,9 @@ def plan_round(step_seconds: Sequence[float], exchange_seconds: float, sync_ever
     mean_seconds = len(known) / sum(1 / seconds for seconds in known)  # of a step, averaged over all steps
     average = sync_every
     if not average:
-        average = round(exchange_seconds / EXCHANGE_SHARE / mean_seconds) if exchange_seconds else FIRST_STEPS
-        average = min(MAX_STEPS, max(MIN_STEPS, average)) if exchange_seconds else average
+        average = round(exchange_seconds / EXCHANGE_SHARE / mean_seconds)
+        average = min(MAX_STEPS, max(MIN_STEPS, average))
+        if not exchange_seconds and len(step_seconds) > 1:
+            average = FIRST_STEPS  # the first exchange follows soon, and is measured
     seconds = average * mean_seconds
     return Pace([max(1, round(seconds / each)) if each > 0 else FIRST_STEPS for each in step_seconds], seconds)

@@ -216,6 +216,7 @@ class Peer:
         members = self.membership.quorum(self.facts(work), gives_up)
         group = [member for member in ready_members(members or []) if member.facts.plan == work.plan]
         if self.membership.id not in [member.id for member in group] or len(group) < work.group_size:
+            self._meeting.close()  # one of them may have closed its side
             return None
         self._others.note(members, self.membership.id)
         try:
@@ -244,9 +245,12 @@ class Peer:
             return Work(index, len(ready), plan, todo, np.concatenate(parts), 0.0, 1, planned)
         exchange_seconds = max(each.exchange_seconds for each in facts)
         pace = plan_round([each.step_seconds for each in facts], exchange_seconds, self.config.sync_every)
-        samples = self.state.ledger.samples_of(index, len(ready), pace.steps[index], batch_size)
-        todo = [each for each in samples if len(each)]
-        planned = self._planned_tokens(ready, [steps * batch_size for steps in pace.steps])
+        samples = [
+            self.state.ledger.samples_of(number, len(ready), steps, batch_size)
+            for number, steps in enumerate(pace.steps)
+        ]
+        todo = [each for each in samples[index] if len(each)]
+        planned = self._planned_tokens(ready, [sum(map(len, each)) for each in samples])
         return Work(index, len(ready), plan, todo, None, pace.seconds, sum(pace.steps), planned)
 
     def _planned_tokens(self, ready: list[Member], num_samples: list[int]) -> dict[str, tuple[str, int]]:

@@ -68,3 +68,8 @@ def test_without_a_wanted_number_a_round_is_much_longer_than_its_exchange(exchan
 def test_the_first_round_is_short():
     assert plan_round([0.0, 0.0], 0.0, 50).steps == [2, 2]
     assert plan_round([0.1, 0.0], 0.5, 20).steps == [20, 2]
+
+
+def test_a_peer_alone_makes_rounds_between_which_another_one_can_catch_up():
+    assert plan_round([0.1], 0.0, 0).steps == [10]
+    assert plan_round([0.1, 0.1], 0.0, 0).steps == [2, 2], "these exchange at once"
