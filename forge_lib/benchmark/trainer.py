@@ -45,7 +45,6 @@ class Task:
         sequence_length: tokens per sequence.
         learning_rate, weight_decay, seed: as in train.py; the learning rate is constant.
         num_processes: of the run.
-        bf16: whether it trains in bf16.
         checkpointing: whether it recomputes activations.
     """
 
@@ -59,7 +58,6 @@ class Task:
     weight_decay: float = 0.1
     seed: int = 0
     num_processes: int = 1
-    bf16: bool = False
     checkpointing: bool = False
 
 
@@ -104,7 +102,6 @@ def train(task: Task) -> dict[str, list[float]]:
             weight_decay=task.weight_decay,
             adam_beta2=0.95,
             use_cpu=not torch.cuda.is_available(),
-            bf16=task.bf16,
             gradient_checkpointing=task.checkpointing,
             logging_steps=1,
             save_strategy="no",
