@@ -54,8 +54,8 @@ class ModelSizeConfig:
 
     _argument_group_name = "save and network"
 
-    hidden_size: int = flag(0, "width of the model instead of its own; 0: its own", "SIZE", at_least=0)
-    num_layers: int = flag(0, "layers of the model instead of its own; 0: its own", "COUNT", at_least=0)
+    hidden_size: int = flag(0, "width of the model; 0: its own, or 512 with `all`", "SIZE", at_least=0)
+    num_layers: int = flag(0, "layers of the model; 0: its own, or 8 with `all`", "COUNT", at_least=0)
     steps: int = flag(12, "save: training steps per round; the save follows the second one", "STEPS", at_least=3)
     rates: str = flag("20,100,1000", "network: of the links, with commas", "MBIT/S")
     modes: str = flag(";".join(MODES), "network: how the machines train, with semicolons", "NAMES")
@@ -79,7 +79,10 @@ class BenchmarkConfig(RangeChecked, ModelSizeConfig, MeasureConfig, ModelNameCon
 def main(config: BenchmarkConfig) -> None:
     """Measures, prints each table as soon as it is there, and writes the reports."""
     import_pyplot()  # reports now if it is missing
-    names = list(BENCHMARKS) if config.what == "all" else [config.what]
+    names = [config.what]
+    if config.what == "all":
+        names = list(BENCHMARKS)
+        config.hidden_size, config.num_layers = config.hidden_size or 512, config.num_layers or 8
     if "network" in names:
         check_rights()
     for name in names:
@@ -91,13 +94,14 @@ def main(config: BenchmarkConfig) -> None:
 def prepare(config: BenchmarkConfig) -> list[Report]:
     """Measures how text becomes a token store."""
     folder = work_folder(config) / "prepare"
-    return [measure_preparing(folder, config.model_name, config.dataset_path, config.rounds)]
+    return measure_preparing(folder, config.model_name, config.dataset_path, config.rounds)
 
 
 def step(config: BenchmarkConfig) -> Iterable[Report]:
     """Measures steps beside Trainer, beside their matrix products, and with masked documents."""
     setting = Setting(work_folder(config), config.model_name, config.dataset_path)
-    return (measure(setting, config.rounds) for measure in (measure_steps, measure_limit, measure_masking))
+    for measure in (measure_steps, measure_limit, measure_masking):
+        yield from measure(setting, config.rounds)
 
 
 def memory(config: BenchmarkConfig) -> list[Report]:
@@ -107,7 +111,7 @@ def memory(config: BenchmarkConfig) -> list[Report]:
 
 def start(config: BenchmarkConfig) -> list[Report]:
     """Measures the time until the first step."""
-    return [measure_starts(Setting(work_folder(config), config.model_name, config.dataset_path), config.rounds)]
+    return measure_starts(Setting(work_folder(config), config.model_name, config.dataset_path), config.rounds)
 
 
 def save(config: BenchmarkConfig) -> list[Report]:

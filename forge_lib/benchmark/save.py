@@ -8,7 +8,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,15 @@ def measure_saves(config: transformers.PretrainedConfig, folder: Path, rounds: i
                 saver.wait()
 
     path = find(folder, "auto", {}).path
-    copy = median_seconds(rounds, lambda: plain_copy(path, folder.with_name("copy")))
-    save = median_seconds(rounds, lambda: foreground.save(1, model, optimizers, {"run": {}}))
-    resume = median_seconds(rounds, lambda: load(find(folder, "auto", {}).path, model, optimizers))
+    calls: dict[str, Callable[[], object]] = {
+        "copy": lambda: plain_copy(path, folder.with_name("copy")),
+        "save": lambda: foreground.save(1, model, optimizers, {"run": {}}),
+        "resume": lambda: load(find(folder, "auto", {}).path, model, optimizers),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(seconds_of(call))
     shutil.rmtree(folder)
     costs = {
         kind: statistics.median(saving - plain for saving, plain in zip(loops[kind], loops["none"], strict=True))
@@ -74,11 +80,9 @@ def measure_saves(config: transformers.PretrainedConfig, folder: Path, rounds: i
             "loop_cost_of_a_foreground_save_seconds": costs["foreground"],
             "background_over_foreground": costs["background"] / costs["foreground"],
             "peak_memory_of_a_background_save_bytes": save_memory,
-            "plain_copy_seconds": copy,
-            "save_seconds": save,
-            "resume_seconds": resume,
-            "save_over_copy": save / copy,
-            "resume_over_copy": resume / copy,
+            **{f"{name}_seconds": statistics.median(values) for name, values in seconds.items()},
+            "save_over_copy": median_ratio(seconds["save"], seconds["copy"]),
+            "resume_over_copy": median_ratio(seconds["resume"], seconds["copy"]),
         }
     )
 
@@ -123,11 +127,13 @@ def plain_copy(source: Path, target: Path) -> None:
         disk.flush(path)
 
 
-def median_seconds(rounds: int, call: Callable[[], object]) -> float:
-    """Returns the median duration of a call, in seconds."""
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def seconds_of(call: Callable[[], object]) -> float:
+    """Returns the duration of a call, in seconds."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """Returns the median of the ratios of each round."""
+    return statistics.median(value / other for value, other in zip(values, others, strict=True))

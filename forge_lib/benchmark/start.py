@@ -48,7 +48,7 @@ class StartFigure:
     ratios: list[float]
 
 
-def measure_starts(setting: Setting, rounds: int) -> Report:
+def measure_starts(setting: Setting, rounds: int) -> list[Report]:
     """Measures all kinds of start, one after the other and in turn with their baselines."""
     runs = {step: _run_at(setting, step) for step in LATE_STEPS}
     cache = tempfile.mkdtemp()
@@ -77,7 +77,7 @@ def measure_starts(setting: Setting, rounds: int) -> Report:
         figures.append(StartFigure(name, baseline, *medians, statistics.median(ratios), ratios))
         print(json.dumps(asdict(figures[-1])), file=sys.stderr, flush=True)
     shutil.rmtree(cache, ignore_errors=True)
-    return _report(figures)
+    return [_report(figures), _report_resume(figures)]
 
 
 def first_step(setting: Setting, flags: Sequence[str] = (), variables: dict[str, str] | None = None) -> float:
@@ -146,3 +146,22 @@ def _report(figures: Sequence[StartFigure]) -> Report:
         for each in figures
     ]
     return Report("start", "Until the first step", columns, rows, [asdict(each) for each in figures], plot)
+
+
+def _report_resume(figures: Sequence[StartFigure]) -> Report:
+    base = f"resume at step {LATE_STEPS[0]:,}"
+    seconds = {each.name: each.seconds for each in figures if each.baseline == base}
+    seconds[base] = statistics.median(each.baseline_seconds for each in figures if each.baseline == base)
+    points = [(step, seconds[f"resume at step {step:,}"]) for step in LATE_STEPS]
+
+    def plot(axes: Any) -> None:
+        axes.plot(*zip(*points, strict=True), marker="o")
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step of the checkpoint")
+        axes.set_ylabel("seconds until the next step")
+        axes.grid(alpha=0.3)
+
+    rows = [[f"{step:,}", f"{value:.2f}"] for step, value in points]
+    figures = [{"step": step, "seconds": value} for step, value in points]
+    return Report("resume", "Resuming over the step of the checkpoint", ["step", "seconds"], rows, figures, plot)
