@@ -18,7 +18,9 @@ class PeersConfig:
     lighthouse: str = flag(
         "", "address of the lighthouse: http://HOST:PORT; several, with commas: the first one that answers", "URL"
     )
-    serve_lighthouse: bool = flag(False, "also start the lighthouse on this machine, at the port in --lighthouse")
+    serve_lighthouse: bool = flag(
+        False, "also start the lighthouse on this machine, unless another address of --lighthouse has one"
+    )
     peer_name: str = flag("", "name of this peer; empty: the host name", "NAME")
     peer_address: str = flag(
         "", "IP address at which the others reach this peer; empty: on the route to the lighthouse", "ADDRESS"
@@ -29,7 +31,8 @@ class PeersConfig:
     min_peers: int = flag(1, "begin the first round when this many peers are there", "COUNT", at_least=1)
     sync_every: int = flag(
         0,
-        "steps of a peer between two exchanges; 0: 10 to 100, from the time of an exchange; 1: average each gradient",
+        "steps of a peer between two exchanges, more while a slow peer catches up; 0: 10 to 100, from the time of an "
+        "exchange; 1: average each gradient",
         "STEPS",
         at_least=0,
     )
@@ -63,8 +66,6 @@ class PeersConfig:
         mistakes = []
         if not self.lighthouse:
             mistakes.append("--lighthouse is missing: the address of the lighthouse, as in http://alder:29510")
-        if self.serve_lighthouse and "," in self.lighthouse:
-            mistakes.append("--serve-lighthouse needs a --lighthouse with one address")
         return mistakes
 
     @property

@@ -40,7 +40,9 @@ class Peers:
         if num_processes > 1:
             launcher = accelerate_launcher(self.folder, find_free_port(), num_processes=num_processes)
         words = [*launcher, "scripts/train_elastic.py", *self.flags, *flags, "--peer-name", name]
-        words += ["--lighthouse", self.lighthouse, "--output-dir", self.folder / name]
+        if "--lighthouse" not in self.flags:
+            words += ["--lighthouse", self.lighthouse]
+        words += ["--output-dir", self.folder / name]
         if self.machines:
             prefix = [*self.machines.on(number), "env", "OMP_NUM_THREADS=1"]
             self.running[name] = self._start(words, prefix=prefix)

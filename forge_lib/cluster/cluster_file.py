@@ -4,7 +4,7 @@
     port: 29500                     # on the main machine
     device: auto                    # cpu, cuda, auto
     mixed_precision: auto           # no, bf16, fp16, auto
-    lighthouse: alice               # with --elastic: the machine that runs the lighthouse; else the main machine
+    lighthouse: alice, bob          # with --elastic: alice runs the lighthouse, bob may replace it; else: main machine
     lighthouse_port: 29510
     peer_port: 29511                # with --elastic: of each machine; the next one is used too
     machines:                       # the first one is the main machine
@@ -87,9 +87,10 @@ class Cluster:
         return self.machines[0]
 
     @property
-    def lighthouse_machine(self) -> Machine:
-        """The machine that runs the lighthouse of train_elastic.py."""
-        return next((each for each in self.machines if each.name == self.lighthouse), self.main)
+    def lighthouse_machines(self) -> list[Machine]:
+        """The machine that runs the lighthouse of train_elastic.py, and those that may replace it."""
+        by_name = {each.name: each for each in self.machines}
+        return [by_name[name.strip()] for name in self.lighthouse.split(",")] if self.lighthouse else [self.main]
 
     @property
     def num_processes(self) -> int:

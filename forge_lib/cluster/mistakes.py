@@ -24,8 +24,8 @@ def find_mistakes(cluster: "Cluster") -> list[str]:
     mistakes += _check_choice("mixed_precision", cluster.mixed_precision, PRECISIONS)
     for name in ("port", "lighthouse_port", "peer_port"):
         mistakes += _check_port(name, getattr(cluster, name))
-    if cluster.lighthouse:
-        mistakes += _check_choice("lighthouse", cluster.lighthouse, tuple(each.name for each in cluster.machines))
+    for name in cluster.lighthouse.split(",") if cluster.lighthouse else ():
+        mistakes += _check_choice("lighthouse", name.strip(), tuple(each.name for each in cluster.machines))
     for machine in cluster.machines:
         mistakes += _check_machine(machine)
     mistakes += _check_differences(cluster.machines)

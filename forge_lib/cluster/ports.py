@@ -37,12 +37,15 @@ def used_ports(cluster: Cluster) -> list[Port]:
     lighthouse, peer = cluster.lighthouse_port, cluster.peer_port
     return [
         Port(cluster.port, cluster.port, cluster.main.name, "train.py", "port in cluster.yaml"),
-        Port(
-            lighthouse,
-            lighthouse,
-            cluster.lighthouse_machine.name,
-            "lighthouse of train_elastic.py",
-            "lighthouse_port in cluster.yaml",
+        *(
+            Port(
+                lighthouse,
+                lighthouse,
+                machine.name,
+                "lighthouse of train_elastic.py",
+                "lighthouse_port in cluster.yaml",
+            )
+            for machine in cluster.lighthouse_machines
         ),
         Port(peer, peer + 1, "", "peers of train_elastic.py", "peer_port in cluster.yaml"),
         Port(*kernel_ports(), "", "gloo and NCCL", "sysctl net.ipv4.ip_local_port_range"),

@@ -1,9 +1,10 @@
 """How a peer gets what it lacks from a live one: the model and the data before it joins, the state afterwards."""
 
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,13 +13,14 @@ from forge_lib import disk
 from forge_lib.config import flag_name
 from forge_lib.data.files import data_exists
 from forge_lib.data.token_store import is_store, open_store, received_folder
-from forge_lib.distributed.transfer_files import list_files
+from forge_lib.distributed.transfer_files import Files, list_files, total_bytes
 from forge_lib.elastic.fetching import NETWORK_ERRORS, GoneError, download, fetch_facts
 from forge_lib.elastic.meeting import Meeting
 from forge_lib.elastic.membership import Membership
 from forge_lib.elastic.peer_facts import Member, PeerFacts
-from forge_lib.elastic.shared_state import STATE, UPDATE_ERRORS, UPDATES, SharedState, update_name
+from forge_lib.elastic.shared_state import SharedState
 from forge_lib.elastic.sharing import Shared
+from forge_lib.elastic.state_files import STATE, UPDATE_ERRORS, UPDATES, StateFiles, update_name
 from forge_lib.errors import UserError
 from forge_lib.models.loading import model_exists
 from forge_lib.peers_config import ElasticConfig
@@ -27,6 +29,7 @@ logger = logging.getLogger("forge")
 
 STATE_NAME = re.compile(rf"{STATE}-\d+")  # of a folder; a peer must not name another place on this machine
 DATA_FLAGS = ("dataset_path", "eval_dataset_path")
+FEW_UPDATES = 2
 RETRY_SECONDS = 1.0
 COMMIT_SECONDS = 5.0  # how long a commit may take beyond twice the last exchange
 POLL_SECONDS = 0.05
@@ -103,37 +106,78 @@ def serve_inputs(config: ElasticConfig, shared: Shared, stores: dict[str, Path])
         shared.folders[name] = (folder, list_files(folder))
 
 
+class RateMeter:
+    """Measures how fast downloads are. A continued download counts as if all of it had been received: too fast."""
+
+    def __init__(self) -> None:
+        self._seconds, self._num_bytes = 0.0, 0
+
+    @contextlib.contextmanager
+    def measure(self, num_bytes: int) -> Iterator[None]:
+        """Counts the bytes of the download inside, and its seconds."""
+        start = time.monotonic()
+        yield
+        self._seconds, self._num_bytes = self._seconds + time.monotonic() - start, self._num_bytes + num_bytes
+
+    def seconds_for(self, num_bytes: int) -> float:
+        """Returns how long the download of that many bytes takes; 0 if none was measured."""
+        return self._seconds * num_bytes / self._num_bytes if self._num_bytes else 0.0
+
+
 def catch_up(
-    state: SharedState, meeting: Meeting, ready: list[Member], folder: Path, gives_up: Callable[[], bool]
-) -> bool:
+    own: StateFiles, meeting: Meeting, ready: list[Member], gives_up: Callable[[], bool]
+) -> tuple[bool, float]:
     """Brings this peer's state to that of the others: with the updates that it lacks, or else with all of it.
 
     Args:
-        state: of this peer; afterwards it may still be older than that of the others, who go on meanwhile.
+        own: files of this peer's state; afterwards it may still be older than that of the others, who go on meanwhile.
         meeting: holds what this peer has sent in a round that it did not see committed.
         ready: the peers with the newest state; the first of them serves it.
-        folder: for the downloads.
         gives_up: called now and then; once it returns true, a download ends.
 
     Returns:
-        Whether what this peer had computed is in the state: the others had committed it.
+        Whether what this peer had computed is in the state: the others had committed it; and the seconds that the
+        download of one update takes, 0 if that is not known.
     """
-    is_in = False
+    is_in, meter = False, RateMeter()
     commits = any(member.facts.tokens for member in ready)  # they commit a round now: it can be had in a moment
     for source in (member.facts for member in ready):
         try:
             served = _wait_for_update(source) if commits else fetch_facts(source)["folders"]
-            is_complete, is_in = _apply_updates(state, meeting, source, served.get(UPDATES, {}), folder, gives_up)
-            newest = max(filter(STATE_NAME.fullmatch, served), default="")
+            updates, newest = served.get(UPDATES, {}), max(filter(STATE_NAME.fullmatch, served), default="")
+            names = _missing_updates(own.state, source, updates)
+            is_smaller = newest and _needs_fewer_bytes(own.state, newest, served[newest], updates, names)
+            is_complete = False
+            if not is_smaller:
+                is_complete, is_in = _apply_updates(own, meeting, source, (updates, names), gives_up, meter)
             if not is_complete and newest:
-                _load_state(state, meeting, source, (newest, served[newest]), folder, gives_up)
-                return is_in
-            if is_complete:
-                return is_in
+                _load_state(own, meeting, source, (newest, served[newest]), gives_up, meter)
+            if is_complete or newest:
+                return is_in, meter.seconds_for(max((each["bytes"] for each in updates.values()), default=0))
         except (GoneError, UserError, SafetensorError, *NETWORK_ERRORS) as error:  # UserError: the disk is full
             logger.warning(f"the state of {source.name} cannot be fetched: {error}; trying again")
     time.sleep(RETRY_SECONDS)
-    return is_in
+    return is_in, 0.0
+
+
+def _missing_updates(state: SharedState, source: PeerFacts, updates: dict) -> list[str]:
+    """Returns the names of the updates that this peer lacks, if the source serves all of them; else none."""
+    newest = source.round + (update_name(source.round) in updates)
+    names = [update_name(each) for each in range(max(0, state.round), newest)]
+    return names if all(name in updates for name in names) else []
+
+
+def _needs_fewer_bytes(state: SharedState, newest: str, files: Files, updates: dict, names: list[str]) -> bool:
+    """Returns whether a snapshot and the updates since then are a smaller download than all missing updates.
+
+    The first missing update may contain what this peer has computed; with the snapshot it would count as lost. So a
+    peer that lacks only a few never takes the snapshot.
+    """
+    first = update_name(int(newest.removeprefix(f"{STATE}-")))
+    if first <= update_name(state.round) or len(names) <= FEW_UPDATES:
+        return False
+    rest = sum(updates[name]["bytes"] for name in names if name >= first)
+    return total_bytes(files) + rest < sum(updates[name]["bytes"] for name in names)
 
 
 def _wait_for_update(source: PeerFacts) -> dict:
@@ -148,22 +192,28 @@ def _wait_for_update(source: PeerFacts) -> dict:
 
 
 def _apply_updates(
-    state: SharedState, meeting: Meeting, source: PeerFacts, served: dict, folder: Path, gives_up: Callable[[], bool]
+    own: StateFiles,
+    meeting: Meeting,
+    source: PeerFacts,
+    served: tuple[dict, list[str]],
+    gives_up: Callable[[], bool],
+    meter: RateMeter,
 ) -> tuple[bool, bool]:
     """Applies the updates of the rounds that this peer lacks, if the source has all of them.
 
     Returns:
         Whether the state is now that of the source; and whether it contains what this peer had computed.
     """
-    newest = source.round + (update_name(source.round) in served)
-    names, is_in = [update_name(each) for each in range(state.round, newest)], False
-    if not names or any(name not in served for name in names):
+    files, names = served
+    state, is_in = own.state, False
+    if not names:
         return False, False
     for name in names:
-        target = folder / name.partition(".")[0]
+        target = own.incoming / name.partition(".")[0]
         try:
-            download(source, UPDATES, {name: served[name]}, target, gives_up)
-            commit, data, expected = state.read_update(target / name)
+            with meter.measure(files[name]["bytes"]):
+                download(source, UPDATES, {name: files[name]}, target, gives_up)
+            commit, data, expected = own.read_update(target / name)
         except (GoneError, UserError, *NETWORK_ERRORS, *UPDATE_ERRORS) as error:
             logger.warning(f"an update from {source.name} cannot be used: {error}")
             return False, is_in
@@ -173,7 +223,7 @@ def _apply_updates(
             logger.warning(f"the update of round {commit.round} does not fit this peer's state: it gets all of it")
             return False, is_in
         try:
-            state.keep_update(commit, data, before)
+            own.keep_update(commit, data, before)
         except (OSError, SafetensorError) as error:
             logger.warning(f"the update of round {commit.round} cannot be kept for others: {error}")
         disk.remove(target)
@@ -181,18 +231,17 @@ def _apply_updates(
 
 
 def _load_state(
-    state: SharedState,
+    own: StateFiles,
     meeting: Meeting,
     source: PeerFacts,
     served: tuple[str, dict],
-    folder: Path,
     gives_up: Callable[[], bool],
+    meter: RateMeter,
 ) -> None:
     name, files = served
-    target = folder / name
-    download(source, name, files, target, gives_up)
+    target = own.incoming / name
+    with meter.measure(total_bytes(files)):
+        download(source, name, files, target, gives_up)
     meeting.drop()
-    is_right = state.load_snapshot(target)
-    disk.remove(target)
-    if not is_right:
+    if not own.load_snapshot(target):
         logger.warning(f"the state from {source.name} does not have its hash: it is fetched again")

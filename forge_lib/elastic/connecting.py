@@ -2,17 +2,26 @@
 
 import contextlib
 import ipaddress
+import logging
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
 
 from forge_lib.distributed.network import route_address
+from forge_lib.elastic.membership import split_address
+from forge_lib.elastic.peer_facts import Member
 from forge_lib.errors import UserError
+
+logger = logging.getLogger("forge")
 
 FREE_SECONDS = 5.0  # how long a lighthouse of an earlier start may take to end
 LIGHTHOUSE_SECONDS = 60.0  # how long the lighthouse may take to start
+PROBE_SECONDS = 3.0  # to connect to another machine
 
 
 def own_address(wanted: str, host: str, port: int) -> str:
@@ -67,10 +76,60 @@ def running_lighthouse(port: int) -> Iterator[None]:
         process.wait()
 
 
-def is_listening(port: int) -> bool:
-    """Returns whether a program on this machine listens on a port."""
+def is_listening(port: int, host: str = "localhost", timeout_seconds: float = 1.0) -> bool:
+    """Returns whether a program listens on a port of a machine; False too if the machine cannot be reached."""
     try:
-        socket.create_connection(("localhost", port), timeout=1).close()
+        socket.create_connection((host, port), timeout_seconds).close()
     except OSError:
         return False
     return True
+
+
+def find_unreachable(members: Sequence[Member]) -> list[str]:
+    """Returns the identifiers of the members to whose server of the state this machine cannot connect."""
+    if not members:
+        return []
+    with ThreadPoolExecutor(len(members)) as pool:
+        calls = [pool.submit(is_listening, m.facts.http_port, m.facts.address, PROBE_SECONDS) for m in members]
+    return [member.id for member, call in zip(members, calls, strict=True) if not call.result()]
+
+
+def should_serve(urls: Sequence[str]) -> int:
+    """Returns the port of the lighthouse that this machine serves; 0: another one of the addresses has one already.
+
+    Two lighthouses at the same time would divide the peers into two groups that do not know of each other.
+
+    Args:
+        urls: of --lighthouse; if there are several, one of them is an address of this machine.
+
+    Raises:
+        UserError: none of them is.
+    """
+    if len(urls) == 1:
+        return split_address(urls[0])[1]
+    own_port, running = 0, ""
+    for url in urls:
+        host, port = split_address(url)
+        if not own_port and is_own(host):
+            own_port = port
+        elif is_listening(port, host, PROBE_SECONDS):
+            running = running or url
+    if not own_port:
+        raise UserError(
+            f"--serve-lighthouse: no address in --lighthouse {','.join(urls)} is one of this machine; name the "
+            "address at which the others reach it"
+        )
+    if running:
+        logger.info(f"the lighthouse {running} runs already; this machine starts none")
+        return 0
+    return own_port
+
+
+def is_own(host: str) -> bool:
+    """Returns whether a name or an IP address is this machine's."""
+    try:
+        found = {each[4][0].split("%")[0] for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return False
+    own = {each.address.split("%")[0] for addresses in psutil.net_if_addrs().values() for each in addresses}
+    return bool(found & own) or any(ipaddress.ip_address(each).is_loopback for each in found)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ MAX_DOUBLINGS = 6  # of the time limit, after failed exchanges
 TIMEOUT_FLOOR_SECONDS = 5.0
 TIMEOUT_FACTOR = 4  # times the slowest of the last exchanges
 CONNECT_SECONDS = 10.0
+MAX_FAILURES = 4  # of the exchange of a round; then the peers that have not trained yet are left out
 
 
 def ready_members(members: list[Member]) -> list[Member]:
@@ -36,6 +38,26 @@ def ready_members(members: list[Member]) -> list[Member]:
     alike = [member for member in members if member.facts.config == config]
     newest = max(alike, key=age).facts
     return [m for m in alike if (m.facts.round, m.facts.state_hash) == (newest.round, newest.state_hash)]
+
+
+def connected_members(ready: list[Member]) -> list[Member]:
+    """Returns the members that can exchange with each other, as far as they know.
+
+    Of members that do not reach each other, the one with the most broken links is left out first; if there are
+    several, one that has not trained yet. After some failures without a broken link that anyone has found, those that
+    have not trained yet are left out.
+    """
+    left = list(ready)
+    while True:
+        ids = {member.id for member in left}
+        broken = [(member.id, other) for member in left for other in member.facts.unreachable if other in ids]
+        if not broken:
+            break
+        degree = Counter(each for link in broken for each in link)
+        left.remove(max(left, key=lambda member: (degree[member.id], member.facts.index < 0, member.id)))
+    trained = [member for member in left if member.facts.index >= 0]
+    is_hopeless = max(member.facts.failures for member in left) >= MAX_FAILURES
+    return trained if trained and is_hopeless else left
 
 
 def contributors_of(ready: list[Member]) -> list[Member]:

@@ -109,6 +109,11 @@ class Membership:
         self._thread.join(2 * CONNECT_SECONDS)  # Python's exit may hang with a thread inside of torchft
         Peers.has_stuck_thread |= self._thread.is_alive()
 
+    @property
+    def lost_seconds(self) -> float:
+        """Seconds since the lighthouse was lost; 0: it is there."""
+        return time.monotonic() - self._lost_at if self._lost_at else 0.0
+
     def expect(self, seconds: float = float("inf")) -> None:
         """Promises to ask for a quorum within `seconds`; later than that, this peer is late and sends no heartbeat.
 

@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Callable
 
+from forge_lib.elastic.connecting import find_unreachable
 from forge_lib.elastic.peer_facts import Member, PeerFacts
-from forge_lib.errors import UserError
+from forge_lib.errors import UserError, first_line
 from forge_lib.peers_config import ElasticConfig
 
 logger = logging.getLogger("forge")
 
+PROBED_FAILURES = 2  # of the exchange of a round; then each peer finds out to which others it can connect
 MAX_DIFFERING = 3  # updates in a row that may give other bits than those of the others
 
 
@@ -21,10 +23,13 @@ class Others:
 
     Attributes:
         fixed: the values that must be equal on all peers.
+        failures: exchanges of this round that have failed.
+        unreachable: identifiers of members to which this peer could not connect after that.
     """
 
     def __init__(self, config: ElasticConfig, report: Callable[..., None]):
         self._config, self._report, self.fixed = config, report, {}
+        self.failures, self.unreachable = 0, []
         self._present: dict[str, str] = {}  # name by identifier, at the last quorum
         self._differing = self._differed_at = 0  # updates with other bits in a row, and the round after the last one
 
@@ -45,6 +50,45 @@ class Others:
                 logger.warning(f"peer {name} is gone")
                 self._report("peer_lost", peer=name)
         self._present = now
+
+    def exchange_failed(self, round: int, error: Exception, members: list[Member], own: str) -> None:
+        """Logs that an exchange has failed; after the second time, finds out to which members this peer can connect.
+
+        Args:
+            round: that it ends, from 1.
+            error: why it has failed.
+            members: of the exchange.
+            own: identifier of this peer.
+        """
+        self.failures += 1
+        logger.warning(f"the exchange of round {round} has failed: {first_line(error)}; trying again")
+        self._report("exchange_failed", round=round, error=first_line(error))
+        if self.failures >= PROBED_FAILURES:
+            self._probe(members, own)
+
+    def left_out(self, round: int, members: list[Member], own: str) -> None:
+        """Logs that the others go on without this peer, because exchanges with it have failed.
+
+        Args:
+            round: of the state of all.
+            members: with that state.
+            own: identifier of this peer.
+        """
+        self.failures = 0
+        self._probe(members, own)
+        names = ", ".join(member.facts.name for member in members if member.id != own)
+        logger.warning(
+            f"the exchange with {names} fails: they go on without this peer, which tries again; check the firewall "
+            "and --peer-address on this machine"
+        )
+        self._report("left_out", round=round)
+
+    def _probe(self, members: list[Member], own: str) -> None:
+        others = [member for member in members if member.id != own]
+        self.unreachable = find_unreachable(others)
+        names = [member.facts.name for member in others if member.id in self.unreachable]
+        if names:
+            logger.warning(f"cannot connect to {', '.join(names)}: the peers with the most connections go on")
 
     def check_config(self, theirs: PeerFacts) -> None:
         """Raises UserError if a peer that trains already has other flags, another model or other data."""

@@ -1,10 +1,12 @@
 """How long a round is, and how many steps each peer computes in it. All peers derive the same from the same facts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 FIRST_STEPS = 2  # of a peer whose speed is not known yet
 MIN_STEPS, MAX_STEPS = 10, 100  # of --sync-every, if it is derived
+UPDATES_PER_ROUND = 4  # how many updates the slowest peer that catches up can download in a round
 EXCHANGE_SHARE = 1 / 25  # of a round, with a derived --sync-every: peers compute 95 % of the time
 LATE = 1.1  # a peer that has not arrived after this multiple of the round's seconds is late
 
@@ -22,13 +24,17 @@ class Pace:
     seconds: float
 
 
-def plan_round(step_seconds: Sequence[float], exchange_seconds: float, sync_every: int) -> Pace:
+def plan_round(
+    step_seconds: Sequence[float], exchange_seconds: float, sync_every: int, update_seconds: float = 0.0
+) -> Pace:
     """Returns the steps of each peer: all compute for the same time, and together make `sync_every` steps on average.
 
     Args:
         step_seconds: seconds per step of each peer; 0: not known.
         exchange_seconds: of the slowest of the last exchanges; 0: not known.
         sync_every: average steps of a peer; 0: derived, so that the exchange takes a small share of the round.
+        update_seconds: that a peer which catches up needs to download one update; 0: no peer does. Rounds are not
+            shorter than a few of them, or that peer would never have all updates.
     """
     known = [seconds for seconds in step_seconds if seconds > 0]
     if not known:
@@ -40,5 +46,6 @@ def plan_round(step_seconds: Sequence[float], exchange_seconds: float, sync_ever
         average = min(MAX_STEPS, max(MIN_STEPS, average))
         if not exchange_seconds and len(step_seconds) > 1:
             average = FIRST_STEPS  # the first exchange follows soon, and is measured
+    average = max(average, math.ceil(UPDATES_PER_ROUND * update_seconds / mean_seconds))
     seconds = average * mean_seconds
     return Pace([max(1, round(seconds / each)) if each > 0 else FIRST_STEPS for each in step_seconds], seconds)

@@ -11,31 +11,31 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 
 from forge_lib.checkpoints.format import describe_error
 from forge_lib.distributed.network import interface_of
 from forge_lib.elastic.catch_up import catch_up
-from forge_lib.elastic.connecting import own_address, running_lighthouse
-from forge_lib.elastic.meeting import Exchanged, Meeting, ready_members
+from forge_lib.elastic.connecting import own_address, running_lighthouse, should_serve
+from forge_lib.elastic.meeting import Exchanged, Meeting, connected_members, ready_members
 from forge_lib.elastic.membership import Membership, split_address
 from forge_lib.elastic.others import Others
-from forge_lib.elastic.pace import LATE, plan_round
+from forge_lib.elastic.pace import LATE
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.elastic.peer_group import PeerGroup
-from forge_lib.elastic.shared_state import SharedState
+from forge_lib.elastic.planning import plan_work, slowest_update
 from forge_lib.elastic.sharing import Shared, StateServer
+from forge_lib.elastic.state_files import StateFiles
 from forge_lib.elastic.work import Met, Summed, Work
-from forge_lib.errors import first_line
 from forge_lib.peers_config import ElasticConfig
 
 logger = logging.getLogger("forge")
 
 RESTART_SECONDS = 30.0  # how long a peer that starts again waits for those of the last round
 STATUS_SECONDS = 30.0  # between two lines about missing peers
-PAUSE_SECONDS = 30.0  # with --sync-every 1, after a download that failed: the others go on meanwhile
-LINGER_SECONDS = 20.0  # how long a complete peer waits for one that was there and is late
+PAUSE_SECONDS = 30.0  # after a download that has failed with --sync-every 1, or if this peer cannot connect
+LINGER_SECONDS = 20.0  # how long a complete peer waits for one that was there and is late, and for the lighthouse
+DOWNLOAD_SECONDS = 10.0  # without a byte; after that a download has ended, or cannot go on
 RETRY_SECONDS = 0.5  # between two quorums while too few peers are there
 
 
@@ -48,19 +48,20 @@ class Peer:
         is_asked_to_stop: returns whether this peer is asked to stop.
 
     Attributes:
-        state: shared with the others; None before `own_state`.
+        state, files: shared with the others, and its files; state is None before `own_state`.
         shared: what it serves to others.
         address: of this peer.
         step_seconds: of a step, measured; 0: not known. The loop sets it.
     """
 
+    files: StateFiles
     _meeting: Meeting
 
     def __init__(self, config: ElasticConfig, report: Callable[..., None], is_asked_to_stop: Callable[[], bool]):
         self.config, self._report, self._gives_up = config, report, is_asked_to_stop
         self.shared, self.state = Shared(), None
-        self.step_seconds = self._exchange_seconds = 0.0
-        self._failures, self._started_at = 0, 0.0  # of this round; when this peer first met others
+        self.step_seconds = self._exchange_seconds = self._update_seconds = 0.0
+        self._started_at = 0.0  # when this peer first met others
         self._has_trained = False  # since its start
         self._behind: dict[str, int] = {}  # round by identifier, of the peers that had an older state
         self._noted_at = -STATUS_SECONDS  # when the last line about missing peers was logged
@@ -72,8 +73,8 @@ class Peer:
         urls = config.lighthouse.split(",")
         (host, port), *_ = map(split_address, urls)
         with ExitStack() as contexts:
-            if config.serve_lighthouse:
-                contexts.enter_context(running_lighthouse(port))
+            if config.serve_lighthouse and (own_port := should_serve(urls)):
+                contexts.enter_context(running_lighthouse(own_port))
             self.address = own_address(config.peer_address, host, port)
             if interface := interface_of(self.address):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -87,11 +88,11 @@ class Peer:
     def __exit__(self, *error: Any) -> None:
         self._contexts.__exit__(*error)
 
-    def own_state(self, state: SharedState, fixed: dict) -> None:
+    def own_state(self, files: StateFiles, fixed: dict) -> None:
         """Gives this peer its state, and the values that must be equal on all peers."""
-        self.state = state
+        self.files, self.state = files, files.state
         self._others.fixed = fixed
-        self._meeting = Meeting(self.config, state, self._group, self.membership.id)
+        self._meeting = Meeting(self.config, self.state, self._group, self.membership.id)
 
     def facts(self, work: Work, **more: Any) -> PeerFacts:
         """Returns what this peer tells the others; without a state if it has none yet."""
@@ -111,10 +112,13 @@ class Peer:
             loss=work.loss,
             step_seconds=self.step_seconds,
             exchange_seconds=self._exchange_seconds,
+            update_seconds=self._update_seconds,
             compute_seconds=work.compute_seconds,
             busy_seconds=work.busy_seconds,
             committed=self.state.ledger.num_committed,
-            failures=self._failures,
+            failures=self._others.failures,
+            unreachable=self._others.unreachable,
+            is_leaving=self._gives_up(),
             is_complete=self.state.ledger.is_complete,
             wanted=self._num_wanted(),
             config=self._others.fixed,
@@ -143,11 +147,18 @@ class Peer:
                 self.leave()
                 return Met(None, exchanges, lost + self.drop(work), changed)
             self._others.note(members, self.membership.id)
-            ready = ready_members(members)
+            newest = ready_members(members)
+            if self.membership.id not in [member.id for member in newest]:
+                self._others.check_config(newest[0].facts)
+                dropped = self._catch_up(work, newest)
+                if dropped is not None:
+                    lost, work, changed = lost + dropped, Work(), True
+                continue
+            ready = connected_members(newest)
             if self.membership.id not in [member.id for member in ready]:
-                self._others.check_config(ready[0].facts)
-                lost += self._catch_up(work, ready)
-                work, changed = Work(), True
+                lost, work, changed = lost + self.drop(work), Work(), True
+                self._others.left_out(self.state.round, newest, self.membership.id)
+                self._pause()
                 continue
             computed = any(member.facts.tokens for member in ready)
             if any(member.facts.sums for member in ready) or (computed and self.config.sync_every == 1):
@@ -168,7 +179,7 @@ class Peer:
             if self.config.sync_every == 1 and len(ready) < len(members):
                 time.sleep(RETRY_SECONDS)  # all wait until the others have the state, too
                 continue
-            return Met(self.plan(ready), exchanges, lost, changed)
+            return Met(self.plan(members, ready), exchanges, lost, changed)
 
     def _serve(self, members: list[Member], ready: list[Member]) -> None:
         """Writes the state for the members that lack it, unless the updates that are served are enough for them.
@@ -179,8 +190,8 @@ class Peer:
         is_stuck = any(self._behind.get(name) == round for name, round in behind.items())
         self._behind |= behind
         is_first = ready[0].id == self.membership.id
-        if is_stuck or (is_first and any(map(self.state.needs_snapshot, behind.values()))):
-            self._keep(self.state.serve_snapshot)
+        if is_stuck or (is_first and any(map(self.files.needs_snapshot, behind.values()))):
+            self._keep(self.files.serve_snapshot)
 
     def _is_waiting_for_more(self, ready: list[Member]) -> bool:
         """Returns whether nobody trains yet, and all that are there wait for more."""
@@ -222,50 +233,37 @@ class Peer:
         try:
             exchanged, total = self._meeting.sum_gradients(group, work.batch)
         except RuntimeError as error:
-            self._note_failure(error)
+            self._note_failure(error, group)
             return None
         self._exchanged(exchanged, group)
         self.state.commit(exchanged.commit)
         return Summed(exchanged, total, group, is_alone=len(group) == len(members))
 
-    def plan(self, ready: list[Member]) -> Work:
-        """Returns this peer's work in the round that begins; the same call on the others gives them theirs."""
-        ids = [member.id for member in ready]
-        index, plan = ids.index(self.membership.id), f"{self.state.round} {' '.join(ids)}"
-        facts, batch_size = [member.facts for member in ready], self.config.batch_size
-        self._has_trained = True
-        if self.state.ledger.is_complete:
-            return Work(index, len(ready), plan)
-        if self.config.sync_every == 1:
-            seconds = [each.step_seconds for each in facts]
-            speeds = [1 / each for each in seconds] if all(seconds) else [1.0] * len(seconds)
-            parts = self.state.ledger.divide(batch_size, speeds)
-            todo = [parts[index]] if len(parts[index]) else []
-            planned = self._planned_tokens(ready, list(map(len, parts)))
-            return Work(index, len(ready), plan, todo, np.concatenate(parts), 0.0, 1, planned)
-        exchange_seconds = max(each.exchange_seconds for each in facts)
-        pace = plan_round([each.step_seconds for each in facts], exchange_seconds, self.config.sync_every)
-        samples = [
-            self.state.ledger.samples_of(number, len(ready), steps, batch_size)
-            for number, steps in enumerate(pace.steps)
-        ]
-        todo = [each for each in samples[index] if len(each)]
-        planned = self._planned_tokens(ready, [sum(map(len, each)) for each in samples])
-        return Work(index, len(ready), plan, todo, None, pace.seconds, sum(pace.steps), planned)
+    def plan(self, members: list[Member], ready: list[Member]) -> Work:
+        """Returns this peer's work in the round that begins; the same call on the others gives them theirs.
 
-    def _planned_tokens(self, ready: list[Member], num_samples: list[int]) -> dict[str, tuple[str, int]]:
-        tokens = [count * self.config.sequence_length for count in num_samples]
-        return {each.id: (each.facts.name, count) for each, count in zip(ready, tokens, strict=True)}
+        Args:
+            members: of the quorum.
+            ready: those of them that take part.
+        """
+        self._has_trained = True
+        self._update_seconds = slowest_update(members)
+        own, state = self.membership.id, self.state
+        return plan_work(self.config, state.ledger, state.round, ready, own, self._update_seconds)
 
     def linger(self) -> None:
         """Serves a complete run until all living peers have it; waits for a late one as long as it comes nearer."""
         until, seen = 0.0, set()
-        while members := self.membership.quorum(self.facts(Work()), self._gives_up):
+
+        def gives_up() -> bool:
+            return self._gives_up() or self.membership.lost_seconds > LINGER_SECONDS
+
+        while members := self.membership.quorum(self.facts(Work()), gives_up):
             late = {(member.id, member.facts.round) for member in members if not member.facts.is_complete}
             if late - seen:
                 until, seen = time.monotonic() + LINGER_SECONDS, seen | late
-                self._keep(self.state.serve_snapshot)
-            if time.monotonic() > until:
+                self._keep(self.files.serve_snapshot)
+            if time.monotonic() > max(until, self.shared.served_at + DOWNLOAD_SECONDS):
                 break
             time.sleep(RETRY_SECONDS)
         self.leave()
@@ -293,14 +291,14 @@ class Peer:
         try:
             exchanged, data = self._meeting.exchange(ready)
         except RuntimeError as error:
-            self._note_failure(error)
+            self._note_failure(error, ready)
             return None
         self._exchanged(exchanged, ready)
-        self._keep(lambda: self.state.keep_update(exchanged.commit, data, before))
+        self._keep(lambda: self.files.keep_update(exchanged.commit, data, before))
         return exchanged
 
     def _exchanged(self, exchanged: Exchanged, members: list[Member]) -> None:
-        self._failures = 0
+        self._others.failures = 0
         if len(members) > 1:  # one peer alone sends nothing
             self._exchange_seconds = exchanged.seconds
 
@@ -312,14 +310,17 @@ class Peer:
             logger.warning(f"the files for other peers cannot be written: {describe_error(error)}; the run continues")
             self._report("not_shared", error=describe_error(error))
 
-    def _note_failure(self, error: RuntimeError) -> None:
-        self._failures += 1
-        logger.warning(f"the exchange of round {self.state.round + 1} has failed: {first_line(error)}; trying again")
-        self._report("exchange_failed", round=self.state.round + 1, error=first_line(error))
+    def _note_failure(self, error: RuntimeError, members: list[Member]) -> None:
+        self._others.exchange_failed(self.state.round + 1, error, members, self.membership.id)
         self._meeting.close()
 
-    def _catch_up(self, work: Work, ready: list[Member]) -> int:
-        """Gets the state of the others; returns the predicted tokens of this peer that are lost."""
+    def _catch_up(self, work: Work, ready: list[Member]) -> int | None:
+        """Gets the state of the others.
+
+        Returns:
+            The predicted tokens of this peer that are lost; None if nothing was fetched: then its work can still be
+            in the others' state.
+        """
         source, before = ready[0].facts, self.state.round
         if self.config.sync_every != 1:
             self.leave()  # they do not wait meanwhile
@@ -327,13 +328,13 @@ class Peer:
         if source.round == before and source.committed < self.facts(work).committed:
             logger.warning(f"the {self.facts(work).committed:,} samples that this peer has trained alone do not count")
         had_work = bool(work.steps)
-        folder = self.state.folder.with_name("incoming")
         own_hash = self.state.hash
-        contributed = catch_up(self.state, self._meeting, ready, folder, self._gives_up)
+        contributed, seconds = catch_up(self.files, self._meeting, ready, self._gives_up)
+        self._update_seconds = max(seconds, self._update_seconds)
         if self.state.hash == own_hash:  # nothing was fetched
-            self._meeting.drop()
             if self.config.sync_every == 1:
-                self._pause_after_failure()
+                self._pause()  # the others wait for each peer that lacks the state
+            return None
         lost = 0 if contributed or not had_work else work.targets
         if lost:
             self._report("late", round=before + 1, tokens_lost=lost)
@@ -342,8 +343,8 @@ class Peer:
             self._report("healed", round=self.state.round, from_round=before, source=source.name, tokens_lost=lost)
         return lost
 
-    def _pause_after_failure(self) -> None:
-        """Lets the others train for a while; with --sync-every 1 they wait for each peer that lacks the state."""
+    def _pause(self) -> None:
+        """Lets the others train for a while."""
         self.leave()
         until = time.monotonic() + PAUSE_SECONDS
         while time.monotonic() < until and not self._gives_up():

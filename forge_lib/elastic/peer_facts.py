@@ -19,9 +19,12 @@ class PeerFacts:
         steps, tokens: steps and predicted tokens that it has computed in this round.
         loss: sum over its targets in this round, in nats.
         step_seconds, exchange_seconds: of a step and of the last exchange; 0: not known.
+        update_seconds: that the slowest peer which catches up needs to download one update; 0: not known.
         compute_seconds, busy_seconds: of this round: in steps, and from its begin to this request.
         committed: samples that its state contains.
         failures: exchanges of this round that have failed.
+        unreachable: identifiers of members to which it could not connect after exchanges had failed.
+        is_leaving: whether it was asked to stop: it computes nothing in the next round.
         is_complete: whether its run is complete.
         wanted: how many peers it wants to be there before a round begins that nobody has begun yet.
         sums: of its part of an evaluation; empty: none.
@@ -42,10 +45,13 @@ class PeerFacts:
     loss: float = 0.0
     step_seconds: float = 0.0
     exchange_seconds: float = 0.0
+    update_seconds: float = 0.0
     compute_seconds: float = 0.0
     busy_seconds: float = 0.0
     committed: int = 0
     failures: int = 0
+    unreachable: list = field(default_factory=list)
+    is_leaving: bool = False
     is_complete: bool = False
     wanted: int = 1
     sums: dict = field(default_factory=dict)

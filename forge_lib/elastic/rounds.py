@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from forge_lib.elastic.catch_up import fetch_inputs, serve_inputs
+from forge_lib.elastic.catch_up import fetch_inputs
 from forge_lib.elastic.flat import FlatParameters
 from forge_lib.elastic.inner import copy_weights, tell_all
-from forge_lib.elastic.ledger import Ledger
+from forge_lib.elastic.joining import give_state, restore_state
 from forge_lib.elastic.outer import OuterOptimizer
 from forge_lib.elastic.pace import LATE
 from forge_lib.elastic.peer import Peer
 from forge_lib.elastic.round_log import RoundLog
 from forge_lib.elastic.shared_evaluation import evaluate_parts
-from forge_lib.elastic.shared_state import SharedState
 from forge_lib.elastic.work import Met, Summed, Work
 from forge_lib.errors import UserError
 from forge_lib.peers_config import ElasticConfig
@@ -34,12 +33,6 @@ from forge_lib.training.run import Run
 
 logger = logging.getLogger("forge")
 
-FIXED_FLAGS = (  # equal on all peers, like the data, the model and the tokenizer
-    "batch_size", "sequence_length", "mask_documents", "max_steps", "epochs", "seed", "eval_fraction", "eval_every",
-    "optimizer", "learning_rate", "lr_scheduler", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm",
-    "dropout", "lora_rank", "lora_alpha", "sync_every", "compression", "outer_learning_rate", "outer_momentum",
-)  # fmt: skip
-FIXED_INPUTS = ("data", "model_config", "tokenizer", "initial_weights")
 WARM_UP_STEPS = 16  # of a peer that joins later: its inner optimizer begins without moments
 SPEED_MEMORY = 0.7  # weight of the earlier steps in the measured seconds per step
 
@@ -113,22 +106,7 @@ class Rounds:
         inputs = self.run.inputs
         self.outer = OuterOptimizer(FlatParameters(inputs.model))
         if self._peer:
-            ledger = Ledger(inputs.plan.num_samples(inputs.plan.num_steps))
-            state = SharedState(
-                self.outer,
-                ledger,
-                self.run.session.folder / "shared",
-                self._peer.shared,
-                keeps_checkpoints=self.config.checkpoint_every > 0,
-            )
-            fixed = {name: getattr(self.config, name) for name in FIXED_FLAGS}
-            fixed |= {name: inputs.identity[name] for name in FIXED_INPUTS}
-            fixed["held-out data"] = inputs.eval_store.fingerprint
-            self._peer.own_state(state, fixed)
-            stores = {"dataset_path": inputs.store.folder}
-            if self.config.eval_dataset_path:
-                stores["eval_dataset_path"] = inputs.eval_store.folder
-            serve_inputs(self.config, self._peer.shared, stores)
+            give_state(self._peer, self.outer, self.config, self.run)
         return self.outer
 
     def begin(
@@ -151,13 +129,7 @@ class Rounds:
                 "--sync-every 1 works with one process per peer; start one peer for each GPU, or use train.py"
             )
         if self._peer:
-            if self.config.sync_every == 1:
-                self._peer.state.inner_optimizers = optimizers
-            if saved and not self._peer.state.load(saved):
-                raise UserError("the checkpoint's shared state does not have its hash: remove this checkpoint")
-            if not saved and self.run.step:
-                self._peer.state.start_after(self.run.inputs.plan.num_samples(self.run.step))
-            self._peer.state.replay()
+            restore_state(self._peer.files, saved, optimizers, self.config, self.run)
         copy_weights(self.run.accelerator, self.outer.flat.parameters)
         self._meet()
         self._joined_late = not saved and self.run.step > 0 and self.config.sync_every != 1
@@ -263,7 +235,7 @@ class Rounds:
             if self.run.is_due(self.config.log_every):
                 rate = self._schedule(min(self.run.step, self.run.inputs.plan.num_steps - 1))
                 self._log.round_done(self._peer, summed.exchanged, summed.group, work, rate, self.run.step)
-            self._work = self._peer.plan(summed.group)
+            self._work = self._peer.plan(summed.group, summed.group)
         else:
             self._log.lost(work.targets)
         if self.run.stopped_by:
@@ -302,7 +274,7 @@ class Rounds:
         if self._peer:
             self.run.extra_state["elastic"] = self._peer.state.describe()
             if self.run.must_save():
-                self._peer.state.checkpoint_due()
+                self._peer.files.checkpoint_due()
             if met.lost_targets:
                 self._log.lost(met.lost_targets)
             for exchanged, ready in met.exchanges:

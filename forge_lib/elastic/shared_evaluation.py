@@ -17,8 +17,8 @@ from forge_lib.training.run import Run
 def evaluate_parts(run: Run, model: nn.Module, peer: Peer | None, work: Work) -> None:
     """Evaluates the model and logs the results. Call on all processes of the peer, right after a commit.
 
-    Part i of n are the blocks i, i + n, …: one for each peer of the round that begins. Should a peer be lost before it
-    has told its sums, the others divide its part among themselves.
+    There is one part for each peer of the round that begins, in proportion to the peers' speeds. Should a peer be lost
+    before it has told its sums, the others compute its part.
 
     Args:
         run: of this peer.
@@ -29,12 +29,13 @@ def evaluate_parts(run: Run, model: nn.Module, peer: Peer | None, work: Work) ->
     from forge_lib.training.evaluation_metrics import compute_metrics
 
     dataset, count = run.inputs.eval_dataset, max(1, work.group_size)
+    edges = part_edges(len(dataset), work.speeds or [1.0])
     sums: dict[int, list[float]] = {}
     todo, num_met = [max(0, work.index)], 0
     with run.pause("evaluating"):
         while True:
             for part in todo:
-                blocks = Subset(dataset, range(part, len(dataset), count))
+                blocks = Subset(dataset, range(edges[part], edges[part + 1]))
                 sums[part] = evaluation_totals(run, model, blocks, f"part {part}") if len(blocks) else [0.0] * 3
             todo = _meet(run, peer, work, sums, count) if peer else None
             num_met += 1
@@ -48,6 +49,11 @@ def evaluate_parts(run: Run, model: nn.Module, peer: Peer | None, work: Work) ->
         results = compute_metrics(np.array(rows), run.inputs.eval_tokens_per_byte)
     results["eval_loss"] = results.pop("loss")
     run.log_evaluation(results)
+
+
+def part_edges(num_blocks: int, speeds: list[float]) -> list[int]:
+    """Returns where the parts begin, and where the last one ends: part i of the blocks is [edges[i], edges[i + 1])."""
+    return np.round(np.cumsum([0.0, *speeds]) / sum(speeds) * num_blocks).astype(int).tolist()
 
 
 def _meet(run: Run, peer: Peer, work: Work, sums: dict[int, list[float]], count: int) -> list[int] | None:

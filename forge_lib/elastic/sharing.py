@@ -1,13 +1,13 @@
 """Serves what a joining peer needs over HTTP: model, token stores, the shared state, the updates of the last rounds.
 
 Only files that are listed with size and sha256 are served, from any byte on, so that a broken download continues.
-There
-is no authentication: like the process group, it trusts the network.
+There is no authentication: like the process group, it trusts the network.
 """
 
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,10 +28,12 @@ class Shared:
     Attributes:
         facts: JSON types, at /facts.
         folders: at /NAME/FILE, the folder and its files by name.
+        served_at: when a piece of a file was last sent, by time.monotonic.
     """
 
     facts: dict = field(default_factory=dict)
     folders: dict[str, tuple[Path, Files]] = field(default_factory=dict)
+    served_at: float = 0.0
 
     def describe(self) -> dict:
         """Returns the facts, and the files of each folder."""
@@ -98,6 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.end_headers()
                 while piece := file.read(PIECE_BYTES):
                     self.wfile.write(piece)
+                    self.shared.served_at = time.monotonic()
         except OSError:  # the file is gone, or the other peer: it asks again
             self.close_connection = True
 

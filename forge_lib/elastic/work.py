@@ -23,6 +23,7 @@ class Work:
         num_planned: steps of all peers in this round.
         planned_tokens: (name, tokens) by identifier, of each peer of the round in their order; at most so much each
             computes.
+        speeds: of each peer of the round in their order, in steps per second; equal ones if not known.
         begun_at: when the first step began, by time.monotonic; 0: not yet.
         steps, targets, loss, compute_seconds: computed: steps, predicted tokens, the sum of their loss in nats,
             seconds.
@@ -36,6 +37,7 @@ class Work:
     planned_seconds: float = 0.0
     num_planned: int = 0
     planned_tokens: dict[str, tuple[str, int]] = field(default_factory=dict)
+    speeds: list[float] = field(default_factory=list)
     begun_at: float = 0.0
     steps: int = 0
     targets: int = 0

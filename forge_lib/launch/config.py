@@ -45,9 +45,11 @@ def place(config: ForgeConfig, cluster: Cluster, machine: Machine) -> ForgeConfi
     """
     values = {"processes_per_node": machine.processes, "master_port": cluster.port}
     if config.elastic:
+        first, *others = cluster.lighthouse_machines
+        hosts = [bracketed(cluster.address(each)) for each in (first, *others)]
         values |= {
-            "lighthouse": f"http://{bracketed(cluster.address(cluster.lighthouse_machine))}:{cluster.lighthouse_port}",
-            "serve_lighthouse": machine is cluster.lighthouse_machine,
+            "lighthouse": ",".join(f"http://{host}:{cluster.lighthouse_port}" for host in hosts),
+            "serve_lighthouse": machine is first or (machine in others and config.serve_lighthouse),
             "peer_name": machine.name,
             "peer_port": cluster.peer_port,
             "peer_address": cluster.address(machine),

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import BIN, ROOT, SHORT
+from commands import BIN, ROOT, SHORT, until
 from disks import tmpfs
 from elastic_peers import FLAGS, Peers
+from networks import filter_input, shape
 from python_library import prepare_library
 from run_folders import rows, sha256
 
@@ -86,6 +87,49 @@ def test_the_lighthouse_is_killed_and_started_again(peers):
     go_on(three, NAMES[:3])
     three.stop(*NAMES[:3])
     three.check()
+
+
+def test_another_machine_starts_the_lighthouse_and_the_first_one_none_when_it_is_back(peers):
+    flags = ["--lighthouse", "http://10.77.0.1:29510,http://10.77.0.2:29510"]
+    three = peers(3, *flags)
+    three.light.kill()
+    three.kill("alder")
+    light = three.start_lighthouse(2)
+    go_on(three, ["birch", "cedar"])
+    alder = three.start("alder", "--serve-lighthouse")
+    three.wait_for_round("alder", three.last_round("birch") + 1)
+    go_on(three, NAMES[:3])
+    assert "the lighthouse http://10.77.0.2:29510 runs already" in alder.log.read_text()
+    three.stop(*NAMES[:3])
+    three.check()
+    light.kill()
+
+
+def test_a_joiner_that_cannot_reach_a_peer_does_not_stop_the_others_and_joins_when_it_can(peers):
+    four = peers(3)
+    filter_input(four.machines, 2, "ip saddr 10.77.0.4 drop")
+    doug = four.start("doug")
+    until(lambda: "they go on without this peer" in doug.log.read_text(), 120, "doug is left out")
+    go_on(four, ["alder", "birch", "cedar"], rounds=5)
+    assert "cannot connect to birch" in doug.log.read_text()
+    four.machines.call(2, "nft flush chain ip t c")
+    four.wait_for_round("doug", four.last_round("alder") + 1, 120)
+    go_on(four, NAMES)
+    four.stop(*NAMES)
+    four.check()
+
+
+def test_a_joiner_with_a_slow_link_catches_up_with_a_peer_that_makes_short_rounds(peers):
+    """An update takes the joiner much longer than ten steps take the other peer, whose rounds so become longer."""
+    both = peers(1)
+    before = both.rounds("alder")[-1]["round_seconds"]
+    shape(both.machines, 2, "1mbit")
+    both.start("birch")
+    first = both.wait_for_round("birch", 1, 240)["round"]
+    assert max(row["round_seconds"] for row in both.rounds("alder") if row["round"] < first) > 3 * before
+    go_on(both, NAMES[:2], seconds=120)
+    both.stop(*NAMES[:2])
+    both.check()
 
 
 def test_one_command_per_machine_of_a_cluster_file(hosts, start, tmp_path):

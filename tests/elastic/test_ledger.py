@@ -1,5 +1,6 @@
 """Each sample is committed exactly once, whatever the peers do."""
 
+import itertools
 from random import Random
 
 import numpy as np
@@ -73,3 +74,11 @@ def test_the_first_round_is_short():
 def test_a_peer_alone_makes_rounds_between_which_another_one_can_catch_up():
     assert plan_round([0.1], 0.0, 0).steps == [10]
     assert plan_round([0.1, 0.1], 0.0, 0).steps == [2, 2], "these exchange at once"
+
+
+def test_a_round_lasts_until_a_peer_that_catches_up_can_have_some_updates():
+    """At 0.1 s per step, four updates of 5 s each are 200 steps, whatever --sync-every says."""
+    for sync_every, num_peers in itertools.product((0, 20), (1, 2)):
+        steps = plan_round([0.1] * num_peers, 0.01, sync_every, update_seconds=5.0).steps
+        assert steps == [200] * num_peers
+    assert plan_round([0.1], 0.0, 300, update_seconds=5.0).steps == [300]

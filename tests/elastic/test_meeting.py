@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from forge_lib.elastic.meeting import contributors_of, ready_members
+from forge_lib.elastic.meeting import MAX_FAILURES, connected_members, contributors_of, ready_members
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 
 
@@ -41,3 +41,25 @@ def test_facts_of_another_version_are_not_taken_for_those_of_a_peer():
     assert PeerFacts.from_json(facts) == PeerFacts(**facts)
     for wrong in (facts | {"round": "1"}, facts | {"more": 1}, {"round": 1}, {}):
         assert PeerFacts.from_json(wrong) is None
+
+
+def test_of_peers_that_do_not_reach_each_other_the_one_with_the_most_broken_links_is_left_out():
+    """c reaches nobody, but only a and b have found out; then a joiner and a peer that trains miss each other."""
+    three = [member(name, round=3, index=i) for i, name in enumerate("abc")]
+    assert connected_members(three) == three
+    three[0] = member("a", round=3, index=0, unreachable=["c"])
+    three[1] = member("b", round=3, index=1, unreachable=["c", "gone"])
+    assert names(connected_members(three)) == ["a", "b"]
+    two = [member("a", round=3, index=-1), member("b", round=3, index=0, unreachable=["a"])]
+    assert names(connected_members(two)) == ["b"], "the joiner waits"
+
+
+def test_if_exchanges_fail_and_nobody_knows_why_the_joiners_are_left_out():
+    """A firewall may let through the port that is tested, and not those of gloo."""
+
+    def members(failures: int) -> list[Member]:
+        return [member("a", index=0, failures=failures), member("b", index=1), member("c", failures=failures)]
+
+    assert names(connected_members(members(MAX_FAILURES - 1))) == ["a", "b", "c"]
+    assert names(connected_members(members(MAX_FAILURES))) == ["a", "b"]
+    assert names(connected_members([member("c", failures=9), member("d")])) == ["c", "d"], "nobody trains yet"

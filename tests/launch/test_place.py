@@ -58,3 +58,13 @@ def test_a_lighthouse_on_an_unknown_machine_is_named(tmp_path):
     (tmp_path / "lab.yaml").write_text(LAB.replace("lighthouse: bob", "lighthouse: bab"))
     with pytest.raises(UserError, match="lighthouse is 'bab', expected alice, bob"):
         read_cluster(tmp_path / "lab.yaml")
+
+
+def test_a_second_machine_may_replace_the_lighthouse(tmp_path):
+    (tmp_path / "lab.yaml").write_text(LAB.replace("lighthouse: bob", "lighthouse: bob, alice"))
+    lab = read_cluster(tmp_path / "lab.yaml")
+    alice, bob = (place(parse_config(ForgeConfig, ["--elastic", *RUN]), lab, machine) for machine in lab.machines)
+    assert alice.lighthouse == bob.lighthouse == "http://[fd00::2]:29700,http://10.77.0.1:29700"
+    assert (alice.serve_lighthouse, bob.serve_lighthouse) == (False, True)
+    replacing = place(parse_config(ForgeConfig, ["--elastic", "--serve-lighthouse", *RUN]), lab, lab.machines[0])
+    assert replacing.serve_lighthouse

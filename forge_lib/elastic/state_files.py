@@ -1,0 +1,236 @@
+"""The files of the shared state: with them another peer catches up, and this one starts again.
+
+    <run folder>/shared/state-00000012/                  the state after round 12: weights.safetensors, state.json
+    <run folder>/shared/updates/00000012.safetensors     the update of a round, as it was exchanged; of the last rounds
+
+A peer that has the state of an earlier round gets only the updates since then, and applies them: this gives the same
+bits, which the hash of the state proves. A peer that starts again does the same with its own files, so that no
+committed round is lost, even if the last checkpoint is older.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from forge_lib import disk
+from forge_lib.checkpoints.format import optimizer_tensors, to_json
+from forge_lib.checkpoints.restore import load_states
+from forge_lib.distributed.transfer_files import list_files
+from forge_lib.elastic.shared_state import Commit, SharedState
+from forge_lib.elastic.sharing import Shared
+from forge_lib.errors import UserError
+
+logger = logging.getLogger("forge")
+
+KEPT_UPDATES = 32  # rounds whose updates are kept at least
+MOST_UPDATES = 128  # and those since the last snapshot, if it is not older than this
+SNAPSHOT_ROUNDS = 16  # a snapshot that is not older than this is completed with updates instead of a new one
+STATE, UPDATES = "state", "updates"  # names of the folders that are served; STATE is followed by the round
+UPDATE_ERRORS = (ValueError, KeyError, TypeError, SafetensorError)  # of a file that is not the expected update
+
+
+def update_name(round: int) -> str:
+    """Returns the name of the file with the update of a round."""
+    return f"{round:08d}.safetensors"
+
+
+class StateFiles:
+    """Writes, serves and reads the files of a state.
+
+    Args:
+        state: of this peer.
+        folder: for the files; created when it is needed.
+        shared: what this peer serves.
+        identity: what must be equal on all peers and whenever the run is continued; JSON types.
+        keeps_checkpoints: whether there are regular checkpoints: then all updates since the last one but one are kept.
+
+    Attributes:
+        state: as above.
+        incoming: folder for downloads.
+    """
+
+    def __init__(
+        self, state: SharedState, folder: Path, shared: Shared, identity: dict, keeps_checkpoints: bool = True
+    ):
+        self.state, self.folder, self._shared, self._identity = state, folder, shared, identity
+        self.incoming = folder.with_name("incoming")
+        self._snapshot_round = -1
+        self._keeps_checkpoints = keeps_checkpoints
+        self._kept_since = self._saved_round = 0  # rounds of the last two checkpoints
+
+    def needs_snapshot(self, round: int) -> bool:
+        """Returns whether a peer with the state of an earlier round needs all of this one: updates are not enough."""
+        return not 0 < round < self.state.round or not self._has_updates_since(round)
+
+    def _has_updates_since(self, round: int) -> bool:
+        _, updates = self._shared.folders.get(UPDATES, (self.folder, {}))
+        return all(update_name(each) in updates for each in range(round, self.state.round))
+
+    def keep_update(self, commit: Commit, data: list[torch.Tensor], before: str) -> None:
+        """Writes the update of a round that was just applied, and serves it; deletes those that are no longer needed.
+
+        Args:
+            commit, data: as for `apply`.
+            before: hash of the state before the round.
+        """
+        folder = self.folder / UPDATES
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / update_name(commit.round)
+        metadata = {"commit": json.dumps(commit.__dict__), "before": before, "after": self.state.hash}
+        try:
+            save_file({"data": torch.cat(data)}, disk.partial_path(path), metadata)
+            disk.flush(disk.partial_path(path))
+            disk.partial_path(path).replace(path)
+            disk.flush(folder)
+        finally:
+            disk.remove(disk.partial_path(path))
+        needed = self._kept_since if self._keeps_checkpoints else commit.round
+        if self._snapshot_round >= commit.round - MOST_UPDATES:  # a slow download of it may go on
+            needed = min(needed, self._snapshot_round)
+        oldest = update_name(max(0, min(needed, commit.round - KEPT_UPDATES + 1)))
+        _, known = self._shared.folders.get(UPDATES, (folder, {}))
+        for name in [name for name in known if name < oldest]:
+            (folder / name).unlink(missing_ok=True)
+        self._shared.folders[UPDATES] = (folder, list_files(folder, {**known, path.name: None}))
+
+    def checkpoint_due(self) -> None:
+        """Records that a checkpoint of this state is written now: updates before the last one are no longer needed."""
+        self._kept_since, self._saved_round = self._saved_round, self.state.round
+
+    def forget(self) -> None:
+        """Removes what an earlier process of this peer has kept: --resume names a checkpoint to go back to."""
+        disk.remove(self.folder)
+
+    def read_update(self, path: Path) -> tuple[Commit, list[torch.Tensor], str]:
+        """Returns a commit, the bytes of its update by shard, and the hash of the state after it.
+
+        Raises:
+            ValueError: it is not the update that follows this state.
+        """
+        with safe_open(path, framework="pt") as file:
+            metadata, data = file.metadata(), file.get_tensor("data")
+        commit = Commit(**json.loads(metadata["commit"]))
+        shards = self.state.shards(commit.compression, commit.num_shards)
+        sizes = [shards.num_bytes(index) for index in range(commit.num_shards)]
+        if (commit.round, metadata["before"], sum(sizes)) != (self.state.round, self.state.hash, len(data)):
+            raise ValueError(f"{path.name} is not the update that follows round {self.state.round} of this peer")
+        return commit, list(data.split(sizes)), metadata["after"]
+
+    def replay(self) -> None:
+        """Applies the updates of the rounds after this state that an earlier process of this peer has kept."""
+        folder = self.folder / UPDATES
+        self._take_over_snapshot()
+        first = self.state.round
+        self._kept_since = self._saved_round = first
+        while (path := folder / update_name(self.state.round)).exists():
+            try:
+                commit, data, expected = self.read_update(path)
+            except UPDATE_ERRORS as error:
+                logger.warning(f"an update of an earlier start cannot be used: {error}")
+                break
+            self.state.apply(commit, data)
+            if self.state.hash != expected:
+                raise UserError(
+                    f"{path} gives another state than when it was written: remove {folder}, and start again"
+                )
+        if self.state.round > first:
+            self.state.outer.error.zero_()  # what it had left out was sent in these rounds
+            logger.info(f"applied the updates of rounds {first + 1} to {self.state.round} to the checkpoint")
+        if folder.exists():
+            for path in [*folder.glob("*.safetensors")]:
+                if path.name >= update_name(self.state.round):  # of a history that has ended
+                    disk.remove(path)
+            self._shared.folders[UPDATES] = (folder, list_files(folder))
+
+    def _take_over_snapshot(self) -> None:
+        """Loads the newest snapshot of an earlier process of this peer, if it is newer than this state."""
+        snapshots = sorted(
+            path for path in self.folder.glob(f"{STATE}-*") if path.name > f"{STATE}-{self.state.round:08d}"
+        )
+        for path in self.folder.glob(f"*{STATE}-*"):
+            if path not in snapshots[-1:]:
+                disk.remove(path)
+        if not snapshots:
+            return
+        try:
+            description = json.loads((snapshots[-1] / "state.json").read_bytes())
+            if description["identity"] != self._identity:
+                logger.warning(f"{snapshots[-1]} belongs to another run: it is removed")
+                disk.remove(snapshots[-1])
+                return
+            is_right = self._read_snapshot(snapshots[-1], description)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(f"{snapshots[-1]} cannot be read: {error}; remove it, and start again") from None
+        if not is_right:
+            raise UserError(f"{snapshots[-1]} does not have its hash: remove it, and start again")
+        logger.info(f"took over the state after round {self.state.round}, which this peer had fetched or served")
+        self._serve(snapshots[-1])
+
+    def _serve(self, folder: Path) -> None:
+        self._snapshot_round = self.state.round
+        self._shared.folders[folder.name] = (folder, list_files(folder))
+
+    def serve_snapshot(self) -> None:
+        """Writes the state as files and serves them, unless a snapshot is served that is nearly as new."""
+        age, is_served = self.state.round - self._snapshot_round, self._snapshot_round >= 0
+        if is_served and age <= SNAPSHOT_ROUNDS and self._has_updates_since(self._snapshot_round):
+            return
+        for unfinished in self.folder.glob(disk.partial_path(Path(f"{STATE}-*")).name):
+            disk.remove(unfinished)
+        target = self.folder / f"{STATE}-{self.state.round:08d}"
+        disk.partial_path(target).mkdir(parents=True)
+        tensors = {"weights": self.state.outer.weights, "momentum": self.state.outer.momentum}
+        save_file(tensors, disk.partial_path(target) / "weights.safetensors")
+        if self.state.inner_optimizers:
+            save_file(
+                optimizer_tensors(self.state.inner_optimizers), disk.partial_path(target) / "optimizer.safetensors"
+            )
+        description = self.state.describe() | {"identity": self._identity}
+        (disk.partial_path(target) / "state.json").write_bytes(to_json(description))
+        for path in disk.partial_path(target).iterdir():
+            disk.flush(path)
+        disk.remove(target)
+        disk.place(target)
+        before = self._snapshot_round
+        self._serve(target)
+        for old in self.folder.glob(f"{STATE}-*"):
+            if old.name not in (target.name, f"{STATE}-{before:08d}"):  # a download of the last one may go on
+                self._shared.folders.pop(old.name, None)
+                disk.remove(old)
+
+    def load_snapshot(self, folder: Path) -> bool:
+        """Takes over a snapshot that was downloaded, keeps its files and serves them.
+
+        Until the next checkpoint, they are what this peer starts from if it starts again.
+
+        Returns:
+            Whether it is what its hash says; if not, the files are removed.
+        """
+        for name in [name for name in self._shared.folders if name == UPDATES or name.startswith(f"{STATE}-")]:
+            disk.remove(self._shared.folders.pop(name)[0])  # perhaps of another history
+        self._snapshot_round = -1
+        if not self._read_snapshot(folder, json.loads((folder / "state.json").read_bytes())):
+            disk.remove(folder)
+            return False
+        target = self.folder / folder.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        disk.remove(target)
+        folder.rename(target)
+        disk.flush(self.folder)
+        self._serve(target)
+        self._kept_since = self._saved_round = self.state.round
+        return True
+
+    def _read_snapshot(self, folder: Path, description: dict) -> bool:
+        with safe_open(folder / "weights.safetensors", framework="pt") as file:
+            self.state.outer.weights.copy_(file.get_tensor("weights"))
+            self.state.outer.momentum.copy_(file.get_tensor("momentum"))
+        if self.state.inner_optimizers:
+            load_states(load_file(folder / "optimizer.safetensors"), self.state.inner_optimizers)
+        self.state.outer.error.zero_()
+        self.state.outer.restore()
+        return self.state.load(description)

@@ -1,0 +1,35 @@
+"""Which lighthouse runs, and which peers can be reached."""
+
+import socket
+
+import pytest
+
+from forge_lib.elastic.connecting import find_unreachable, should_serve
+from forge_lib.elastic.peer_facts import Member, PeerFacts
+from forge_lib.errors import UserError
+
+
+@pytest.fixture
+def listener():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_lighthouse_is_not_started_while_another_one_of_the_list_runs(listener):
+    own, other = "http://127.0.0.1:9", f"http://127.0.0.1:{listener}"
+    assert should_serve([own]) == 9
+    assert should_serve([own, "http://127.0.0.1:10"]) == 9
+    assert should_serve([own, other]) == 0
+
+
+def test_the_lighthouse_of_another_machine_is_not_started_here():
+    with pytest.raises(
+        UserError, match=r"no address in --lighthouse http://203\.0\.113\.1:9,.* is one of this machine"
+    ):
+        should_serve(["http://203.0.113.1:9", "http://203.0.113.2:9"])
+
+
+def test_peers_whose_server_does_not_answer_are_unreachable(listener):
+    members = [Member(str(port), PeerFacts("x", "127.0.0.1", 1, port)) for port in (listener, 9)]
+    assert find_unreachable(members) == ["9"]
+    assert find_unreachable([]) == []

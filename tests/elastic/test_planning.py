@@ -1,0 +1,49 @@
+"""What each peer computes in a round: it follows from what all of them have said."""
+
+import dataclasses
+
+import pytest
+from elastic_peers import FLAGS
+
+from forge_lib.elastic.ledger import Ledger
+from forge_lib.elastic.peer_facts import Member, PeerFacts
+from forge_lib.elastic.planning import plan_work, slowest_update
+from forge_lib.flags import parse_config
+from forge_lib.peers_config import ElasticConfig
+
+
+def config(*flags: str) -> ElasticConfig:
+    needed = ["--lighthouse", "http://127.0.0.1:1", "--output-dir", "-"]
+    return parse_config(ElasticConfig, [*map(str, FLAGS), *needed, *flags])
+
+
+def member(name: str, **facts) -> Member:
+    return Member(name, PeerFacts(name, "10.77.0.1", 1, 2, **{"step_seconds": 0.1, **facts}))
+
+
+@pytest.mark.parametrize("sync_every", ["1", "4"])
+def test_a_peer_that_is_asked_to_stop_gets_no_samples_and_its_tokens_are_not_planned(sync_every):
+    members = [member("a"), member("b", is_leaving=True), member("c")]
+    works = {m.id: plan_work(config("--sync-every", sync_every), Ledger(1000), 5, members, m.id, 0.0) for m in members}
+    assert not works["b"].todo and works["b"].plan == works["a"].plan == works["c"].plan
+    assert (works["a"].index, works["c"].index, works["a"].group_size) == (0, 1, 2)
+    assert list(works["a"].planned_tokens) == ["a", "c"]
+    given_out = [sample for name in "ac" for step in works[name].todo for sample in step.tolist()]
+    assert sorted(given_out) == list(range(8 if sync_every == "1" else 2 * 4 * 8)), "nothing is left out"
+
+
+def test_what_a_slow_joiner_has_measured_is_repeated_by_all_and_forgotten_slowly():
+    seconds = slowest_update([member("a"), member("b", update_seconds=10.0)])
+    assert 9 < seconds < 10
+    for _ in range(100):
+        seconds = slowest_update([member("a", update_seconds=seconds), member("b")])
+    assert seconds < 0.1
+
+
+def test_the_parts_of_an_evaluation_follow_the_speeds():
+    from forge_lib.elastic.shared_evaluation import part_edges
+
+    members = [member("a", step_seconds=0.3), member("b")]
+    assert part_edges(100, plan_work(config(), Ledger(1000), 1, members, "a", 0.0).speeds) == [0, 25, 100]
+    unknown = [dataclasses.replace(m, facts=dataclasses.replace(m.facts, step_seconds=0.0)) for m in members]
+    assert part_edges(5, plan_work(config(), Ledger(1000), 1, unknown, "b", 0.0).speeds) == [0, 2, 5]

@@ -1,0 +1,73 @@
+"""What a peer has on its disk is enough to start again, and to let others catch up."""
+
+import pytest
+import torch
+from torch import nn
+
+from forge_lib.elastic.flat import FlatParameters
+from forge_lib.elastic.ledger import Ledger
+from forge_lib.elastic.outer import OuterOptimizer
+from forge_lib.elastic.shared_state import Commit, SharedState
+from forge_lib.elastic.sharing import Shared
+from forge_lib.elastic.state_files import STATE, StateFiles
+from forge_lib.errors import UserError
+
+IDENTITY = {"data": "x"}
+
+
+def make(folder, identity=IDENTITY) -> StateFiles:
+    torch.manual_seed(0)
+    return StateFiles(
+        SharedState(OuterOptimizer(FlatParameters(nn.Linear(8, 8))), Ledger(1000)), folder, Shared(), identity
+    )
+
+
+def commit(files: StateFiles) -> None:
+    """Commits a round of ten samples."""
+    state = files.state
+    shards, first = state.shards("no", 1), state.ledger.first_open
+    data = [shards.encode(torch.full((state.outer.flat.total,), 0.01 * (state.round + 1)), 0)]
+    made, before = Commit(state.round, "no", 1, 0.7, 0.6, [[first, first + 10]], 640, ["a"]), state.hash
+    state.apply(made, data)
+    files.keep_update(made, data, before)
+
+
+def test_a_peer_that_has_fetched_all_of_the_state_starts_again_from_it(tmp_path):
+    """It has no checkpoint of its own yet; the rounds after the download are replayed."""
+    source, joiner = make(tmp_path / "source"), make(tmp_path / "joiner")
+    for _ in range(3):
+        commit(source)
+    source.serve_snapshot()
+    (tmp_path / "source" / f"{STATE}-00000003").rename(tmp_path / f"{STATE}-00000003")
+    assert joiner.load_snapshot(tmp_path / f"{STATE}-00000003")
+    for _ in range(40):  # more than the updates that are kept at least
+        commit(joiner)
+    again = make(tmp_path / "joiner")
+    again.replay()
+    assert (again.state.round, again.state.hash) == (43, joiner.state.hash)
+    assert torch.equal(again.state.outer.weights, joiner.state.outer.weights)
+
+
+def test_files_of_another_run_are_not_taken_over_and_damaged_ones_are_named(tmp_path):
+    files = make(tmp_path)
+    commit(files)
+    files.serve_snapshot()
+    other = make(tmp_path, {"data": "y"})
+    other.replay()
+    assert other.state.round in (0, 1) and not list(tmp_path.glob(f"{STATE}-*"))
+    files = make(tmp_path / "damaged")
+    commit(files)
+    files.serve_snapshot()
+    path = tmp_path / "damaged" / f"{STATE}-00000001" / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="does not have its hash: remove it, and start again"):
+        make(tmp_path / "damaged").replay()
+
+
+def test_a_checkpoint_that_was_named_is_not_followed_by_later_rounds(tmp_path):
+    files = make(tmp_path / "shared")
+    commit(files)
+    files.forget()
+    assert not (tmp_path / "shared").exists()
