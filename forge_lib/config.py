@@ -232,6 +232,9 @@ class OutputConfig:
     resume: str = flag("auto", "auto (continue from the newest checkpoint), never, or a checkpoint's path", "HOW")
     log_every: int = flag(10, "log every N steps and at the end; 0: never", "STEPS", at_least=0)
     report_to: str = flag("none", "trackers in addition to metrics.jsonl: tensorboard, trackio, wandb, all", "NAMES")
+    write_report: bool = flag(True, "at the end, write report.html, and a plot for the model card")
+    profile_steps: int = flag(0, "trace this many steps with PyTorch's profiler; 0: none", "STEPS", at_least=0)
+    push_to_hub: str = flag("", "upload the final model to this repository of the HuggingFace Hub", "NAME")
 
 
 @dataclass(kw_only=True)

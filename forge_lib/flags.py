@@ -65,7 +65,7 @@ def parse_config(
         argv: the command line without the program.
         description: is printed above the flags by `--help`.
         prog: the program's name, if it is not the script's.
-        positional: the field whose value may be given first, without its flag.
+        positional: the field whose value, or values if it is a list, may be given first, without its flag.
 
     Raises:
         UserError: an unknown flag or key (with the closest known one), a missing or malformed value.

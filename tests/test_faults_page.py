@@ -10,7 +10,7 @@ from commands import ROOT
 
 from forge_lib.errors import EXIT_DIVERGED, EXIT_PEER_LOST, EXIT_USER_ERROR
 
-PAGE = "\n".join((ROOT / "docs" / name).read_text() for name in ("faults.md", "slow-links.md"))
+PAGE = "\n".join((ROOT / "docs" / name).read_text() for name in ("faults.md", "slow-links.md", "observe.md"))
 VALUE = "\0"  # stands for a value in a message of the code; the page writes `…`
 
 # How a text in the code becomes part of a message: as an argument of one of these calls, an item appended to one of
@@ -24,7 +24,6 @@ VARIABLES |= {"MULTI_CPU_FIX", "SAME_PROGRAM", "OTHER_FORM", "RESUME_HINT", "LAU
 FUNCTIONS = ("_check", "find_", "_find_", "_explain", "_describe", "explain_", "_exchange_messages", "_ask", "_fix")
 FUNCTIONS += ("describe_failure", "_reason", "warn", "public_address_warning")
 NOT_ERRORS = {
-    "Trained with P2P-LLM-Forge, data-parallel, with HuggingFace Accelerate.",  # of the model card
     "the main machine",  # a value in several messages
     "not a message of this program",  # for these three, a user sees `another program … answers at`
     "a message of another form",

@@ -12,8 +12,8 @@ from commands import ROOT
 LIBRARY = ROOT / "forge_lib"
 # A module imports from its own folder and from groups to its left.
 GROUPS = [
-    {"errors", "disk", "config", "peers_config", "flags", "process"},
-    {"data", "models", "checkpoints", "distributed", "cluster"},
+    {"errors", "disk", "config", "peers_config", "flags", "process", "progress"},
+    {"data", "models", "checkpoints", "distributed", "cluster", "report"},
     {"training", "launch"},
     {"elastic"},
     {"check"},

@@ -13,6 +13,7 @@ from commands import ROOT
 from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
 from forge_lib.launch.config import ForgeConfig
+from forge_lib.launch.status import status_parser
 
 PAGES = ["README.md", "README.tr.md", "CONTRIBUTING.md", "accelerate_configs/README.md", "data/README.md"]
 PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
@@ -25,8 +26,9 @@ CONFIGS = {
     "benchmark": "BenchmarkConfig",
     "make_configs": "MakeConfig",
     "check_cluster": "CheckConfig",
+    "report": "ReportConfig",
 }
-POSITIONAL = {"make_configs": "cluster", "check_cluster": "cluster", "benchmark": "what"}
+POSITIONAL = {"make_configs": "cluster", "check_cluster": "cluster", "benchmark": "what", "report": "runs"}
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -60,6 +62,8 @@ def check(words: list[str]) -> bool:
         check_script([args.training_script, *args.training_script_args])
     elif program == "torchrun":
         check_script(words[next(i for i, word in enumerate(words) if word.endswith(".py")) :])
+    elif words[:2] == ["p2p-llm-forge", "status"]:
+        status_parser().parse_args(words[2:])
     elif program == "p2p-llm-forge":
         parse_config(ForgeConfig, words[1:])
     elif program == "make":

@@ -4,14 +4,13 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from forge_lib.config import DataConfig
 from forge_lib.data.files import Source, count_kinds
 from forge_lib.data.records import no_column, read_texts, texts_of
 from forge_lib.data.streams import READ_BYTES, Advance, not_text, open_text, zero_byte_offset
 from forge_lib.data.token_store import Progress
 from forge_lib.errors import UserError
+from forge_lib.progress import ProgressBar
 
 Piece = tuple[str, bool]  # a text, and whether a document ends with it
 
@@ -46,12 +45,12 @@ class Reader:
             yield from self._split_records(_read_hub(self._config))
             return
         num_bytes, done = self._source.num_bytes, 0
-        with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+        with ProgressBar("tokenizing", num_bytes, "B") as bar:
 
             def advance(count: int) -> None:
                 nonlocal done
                 done += count
-                bar.update(count)
+                bar.add(count)
                 self._progress(f"tokenizing {self._config.dataset_path}: {min(1, done / num_bytes):.0%}")
 
             for path, kind in self._source.files:

@@ -17,7 +17,9 @@ from forge_lib.errors import UserError
 
 LOCK_NAME = "run.lock"
 POLL_SECONDS = 0.5
-LOCK_BYTES = 512
+LAUNCHER_LOCK_NAME = "launcher.lock"  # of p2p-llm-forge, which waits for the other machines before the run
+LOCK_BYTES = 1024
+WAITING_CHARACTERS = 100
 LAST_SAVE_SECONDS = 600  # the longest wait for the last save of a run that was stopped
 
 
@@ -29,12 +31,16 @@ class Holder:
         host, pid: where it runs.
         run_id: of this start of the run, the same on all machines.
         step: optimizer steps that the run has done.
+        since: when it acquired the lock, in seconds since 1970; 0: not known.
+        waiting_for: what it waits for; empty: it goes on.
     """
 
     host: str = "?"
     pid: int = 0
     run_id: str = ""
     step: int = 0
+    since: float = 0.0
+    waiting_for: str = ""
 
     @classmethod
     def read(cls, file: BinaryIO) -> "Holder":
@@ -98,7 +104,7 @@ class RunLock:
                 raise self._in_use(holder)
             time.sleep(POLL_SECONDS)
         self.held = True
-        self._own = Holder(socket.gethostname(), os.getpid(), run_id)
+        self._own = Holder(socket.gethostname(), os.getpid(), run_id, since=time.time())
         self.set_step(0)
         os.fsync(self._file.fileno())
 
@@ -116,15 +122,74 @@ class RunLock:
 
     def set_step(self, step: int) -> None:
         """Writes the number of steps done into run.lock; cheap: call it each step."""
+        self._write(step=step)
+
+    def set_waiting(self, what: str) -> None:
+        """Writes what the run waits for into run.lock; empty: it goes on."""
+        self._write(waiting_for=what[:WAITING_CHARACTERS])
+
+    def _write(self, **facts: Any) -> None:
         if self.held:
+            self._own = dataclasses.replace(self._own, **facts)
             with suppress(OSError):  # a full disk does not end the run
-                dataclasses.replace(self._own, step=step).write(self._file)
+                self._own.write(self._file)
 
     def _in_use(self, holder: Holder) -> UserError:
         return UserError(
             f"--output-dir {self.folder} is in use by another run (process {holder.pid} on {holder.host}); wait until "
             "it ends, stop it, or use another --output-dir"
         )
+
+
+def find_holder(path: Path) -> Holder | None:
+    """Returns the process that holds a lock at the moment; None if there is none, or no such file.
+
+    Args:
+        path: of a run.lock or a launcher.lock.
+    """
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with open(path, "rb") as file:
+            return Holder.read(file)
+    except OSError:
+        pass
+    return None
+
+
+class LauncherLock:
+    """Tells others what p2p-llm-forge waits for before a run, in launcher.lock. Use it as a context manager.
+
+    Args:
+        folder: the run folder; if it cannot be written, nothing is told.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder / LAUNCHER_LOCK_NAME
+        self._file: BinaryIO | None = None
+        self._own = Holder(socket.gethostname(), os.getpid(), since=time.time())
+
+    def __enter__(self) -> "LauncherLock":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._file:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+    def set_waiting(self, what: str) -> None:
+        """Writes what the launcher waits for; empty: for nothing."""
+        with suppress(OSError):
+            if what and not self._file:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+                if not _try_lock(file):
+                    file.close()
+                    return
+                self._file = file
+            if self._file:
+                dataclasses.replace(self._own, waiting_for=what[:WAITING_CHARACTERS]).write(self._file)
 
 
 def _try_lock(file: BinaryIO) -> bool:

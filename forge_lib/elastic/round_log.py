@@ -112,7 +112,7 @@ class RoundLog:
         }
         self._run.log.write(**row)
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
-        self._run.accelerator.log(numbers, step=step)
+        self._run.trackers.log(numbers | {"num_machines": len(participants)}, step)
         steps = ", ".join(f"{each['peer']} {each['steps']}" for each in participants)
         logger.info(
             f"round {commit.round + 1}  step {step}/{self._run.inputs.plan.num_steps}  loss {row['loss']:.4f}  "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from forge_lib.distributed.lock import LOCK_NAME, Holder
+from forge_lib.distributed.lock import LOCK_NAME, Holder, LauncherLock
 from forge_lib.errors import EXIT_DIVERGED, EXIT_PEER_LOST, EXIT_USER_ERROR
 from forge_lib.launch.attempt import run_attempt
 from forge_lib.launch.child import FORK, Child
@@ -45,6 +45,7 @@ class Supervisor(StopSignals):
     def __init__(self, config: ForgeConfig):
         self.config = config
         self.machine_id = uuid.uuid4().hex
+        self.lock = LauncherLock(Path(config.output_dir).expanduser())
         self.hosts: dict[int, str] = {}  # by machine number, from the last complete rendezvous
         self.is_over = False  # the supervisor itself has ended the attempt, and printed the reason
         self.status_printed_at = 0.0
@@ -53,6 +54,10 @@ class Supervisor(StopSignals):
 
     def run(self) -> int:
         """Returns the exit code of the last attempt; 0 if a user stopped it and nothing else went wrong."""
+        with self.lock:
+            return self._run_attempts()
+
+    def _run_attempts(self) -> int:
         failures: list[Failure] = []
         farthest_step, pause = -1, FIRST_PAUSE
         while True:
@@ -77,7 +82,9 @@ class Supervisor(StopSignals):
                 return code
             restart = f"starting again in {pause:g} s (restart {len(failures)} of {self.config.max_restarts})"
             print_message(*description, restart)
+            self.lock.set_waiting(restart)
             self._pause(pause)
+            self.lock.set_waiting("")
             pause = min(2 * pause, LONGEST_PAUSE)
             if self.stopping:
                 print_message("stopped before it was started again")
@@ -170,12 +177,14 @@ class Supervisor(StopSignals):
                         self._print_status(text)
                     case Joined(hosts):
                         self.hosts = hosts
+                        self.lock.set_waiting("")
                     case Unavailable(reason):
                         self.unavailable = reason
                     case ProcessFailed() as failed:
                         self.failed = failed
 
     def _print_status(self, line: str) -> None:
+        self.lock.set_waiting(line)
         if time.monotonic() - self.status_printed_at >= STATUS_SECONDS:
             self.status_printed_at = time.monotonic()
             print(line, flush=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations  # names of transformers in signatures are not imported
 
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import transformers
 from torch import nn
@@ -13,9 +12,12 @@ from forge_lib import disk
 
 
 def save_final(
-    model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path, facts: dict[str, Any]
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    folder: Path,
+    add_files: Callable[[Path], None] = lambda partial: None,
 ) -> None:
-    """Writes a HuggingFace model folder: weights, config, tokenizer, generation config and a model card.
+    """Writes a HuggingFace model folder: weights, config, tokenizer and generation config.
 
     LoRA adapters are saved in its subfolder `adapter/` and then merged into the weights.
 
@@ -23,7 +25,7 @@ def save_final(
         model: the unwrapped model; LoRA adapters are merged in place.
         tokenizer: its tokenizer.
         folder: written under a temporary name and then renamed; it replaces an older folder of that name.
-        facts: what the model card states about the run.
+        add_files: writes further files into the folder, such as the model card.
     """
     folder = folder.resolve() if folder.is_symlink() else folder  # the link stays
     disk.restore(folder)
@@ -35,13 +37,6 @@ def save_final(
     model.config.use_cache = True
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(_model_card(facts), encoding="utf-8")
+    add_files(partial)
     disk.flush_all(partial)
     disk.place(folder)
-
-
-def _model_card(facts: dict[str, Any]) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", "# Model card", ""]
-    lines += ["Trained with P2P-LLM-Forge, data-parallel, with HuggingFace Accelerate.", ""]
-    lines += ["```json", json.dumps(facts, indent=2, ensure_ascii=False), "```"]
-    return "\n".join(lines) + "\n"

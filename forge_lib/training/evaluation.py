@@ -15,6 +15,7 @@ from forge_lib.models.evaluation_mode import evaluation_mode
 from forge_lib.models.generation import generate_ids
 from forge_lib.models.loading import max_positions
 from forge_lib.models.loss import evaluation_sums
+from forge_lib.progress import ProgressBar
 from forge_lib.training.run import Run
 from forge_lib.training.totals import sum_dtype
 
@@ -45,8 +46,10 @@ def evaluation_rows(
     """
     mine = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
     sums = torch.zeros(3, dtype=torch.float64)
-    with evaluation_mode(accelerator.unwrap_model(model), use_copy) as evaluated:
+    shown = ProgressBar("evaluating", -(-len(mine) // batch_size), "batch", accelerator.is_main_process)
+    with evaluation_mode(accelerator.unwrap_model(model), use_copy) as evaluated, shown as progress:
         for batch in DataLoader(mine, batch_size=batch_size):
+            progress.add()
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
             with accelerator.autocast():
                 sums += torch.tensor(evaluation_sums(evaluated, batch), dtype=torch.float64)
@@ -118,5 +121,6 @@ def write_sample(run: Run, model: nn.Module) -> None:
             ids = generate_ids(evaluated, prompt, tokenizer.eos_token_id, run.config.seed, num_tokens)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         run.log.write(step=run.step, event="sample", text=text)
+        run.trackers.log_text("sample", text, run.step)
         logger.info(f"step {run.step}: sample: {text}")
     run.peers.barrier(f"sample/{run.step}")

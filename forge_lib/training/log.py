@@ -4,22 +4,17 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.tracking import get_available_trackers
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from forge_lib.config import TrainConfig
 from forge_lib.data.batches import BatchPlan
 from forge_lib.disk import partial_path
-from forge_lib.errors import UserError
 
 logger = logging.getLogger("forge")
 
@@ -55,9 +50,14 @@ class MetricsLog:
                 os.truncate(self._path, text.rfind(b"\n") + 1)
 
     def write(self, **row) -> None:
-        """Appends a row; floats that JSON lacks (inf, nan) become null. A full disk loses the row only."""
+        """Appends a row; events and training rows get the time, in seconds since 1970. A full disk loses the row only.
+
+        Floats that JSON lacks (inf, nan) become null.
+        """
         if not self._path:
             return
+        if "event" in row or "tokens_per_second" in row:
+            row["time"] = round(time.time(), 3)
         size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with open(self._path, "a", encoding="utf-8") as file:
@@ -66,20 +66,6 @@ class MetricsLog:
             with suppress(OSError):
                 os.truncate(self._path, size)  # remove the incomplete row
             logger.warning(f"{self._path} cannot be written: {error.strerror}; the run continues")
-
-
-def check_trackers(report_to: str) -> list[str]:
-    """Returns the names in `--report-to`; raises UserError if one is unknown or its package is not installed."""
-    if report_to == "none":
-        return []
-    available = [str(tracker) for tracker in get_available_trackers()]
-    for name in report_to.split(","):
-        if name not in ("all", *available):
-            raise UserError(
-                f"--report-to {name}: no such tracker, or its package is not installed; installed are "
-                f"{', '.join(available) or 'none'} (pip install 'p2p-llm-forge[dashboard]' installs two)"
-            )
-    return report_to.split(",")
 
 
 def write_run_json(folder: Path, content: dict) -> None:
@@ -110,21 +96,18 @@ def describe_evaluation(results: dict[str, float]) -> str:
     )
 
 
-def log_resume(log: MetricsLog, step: int, plan: BatchPlan, changed: list[str]) -> None:
-    """Logs that a run continues.
+def log_begin(log: MetricsLog, step: int, plan: BatchPlan, hosts: list[str], changed: list[str] | None) -> None:
+    """Logs that a run begins, or that it continues.
 
     Args:
         log, plan: of the run.
-        step: of its checkpoint.
-        changed: a line for each setting that differs from the checkpoint's.
+        step: completed steps.
+        hosts: of each process.
+        changed: a line for each setting that differs from the checkpoint's; None: there is no checkpoint.
     """
-    logger.info("; ".join([f"resuming after step {step} of {plan.num_steps}", *changed]))
-    log.write(step=step, event="resume", num_processes=PartialState().num_processes, changed=changed)
-
-
-@contextmanager
-def progress_bar(num_steps: int, step: int, is_main: bool) -> Iterator[tqdm]:
-    """Shows a progress bar on the main process, if stderr is a terminal; log lines are printed above it."""
-    is_quiet = None if is_main else True  # None: quiet unless stderr is a terminal
-    with tqdm(total=num_steps, initial=step, unit="step", disable=is_quiet) as bar, logging_redirect_tqdm():
-        yield bar
+    facts: dict[str, Any] = {"num_processes": len(hosts), "hosts": list(dict.fromkeys(hosts))}
+    if changed is None:
+        log.write(step=step, event="start", **facts)
+    else:
+        logger.info("; ".join([f"resuming after step {step} of {plan.num_steps}", *changed]))
+        log.write(step=step, event="resume", **facts, changed=changed)

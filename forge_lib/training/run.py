@@ -22,13 +22,14 @@ from forge_lib.distributed.peers import Peers
 from forge_lib.distributed.replicas import find_diverged, replica
 from forge_lib.distributed.timeouts import GroupTimeout
 from forge_lib.errors import DivergedError, PeerLostError, Stopped
-from forge_lib.models.final import save_final
 from forge_lib.process import World, die_with_launcher
+from forge_lib.progress import progress_bar
 from forge_lib.training import log as messages
 from forge_lib.training.gradient_sync import settle_buckets
 from forge_lib.training.inputs import Inputs, load_inputs, log_start
 from forge_lib.training.nonfinite import NonFiniteSteps
 from forge_lib.training.periodic import Periodic
+from forge_lib.training.profiling import StepProfiler
 from forge_lib.training.resume import resume
 from forge_lib.training.saving import Saving
 from forge_lib.training.session import Session, join
@@ -36,6 +37,7 @@ from forge_lib.training.state import changed_settings, describe_run, describe_st
 from forge_lib.training.step_log import StepLog
 from forge_lib.training.stop import StopRequest
 from forge_lib.training.totals import StepTotals
+from forge_lib.training.trackers import Trackers, choose_trackers
 
 logger = logging.getLogger("forge")
 
@@ -50,7 +52,7 @@ class Run:
         world, peers, stop_request: the ranks, the side channel to the other processes, and what asks to stop.
         session: what all processes have agreed on; set by `join`.
         accelerator, inputs: set by `load_inputs`.
-        log: metrics.jsonl, written by the main process; set by `resume`.
+        log, trackers: metrics.jsonl, and --report-to; the main process writes them; set by `resume`.
         step_log: times the steps; set by `begin`.
         extra_state: further values for state.json of the checkpoints, by name.
     """
@@ -61,7 +63,6 @@ class Run:
     stop_request: StopRequest
     _lock: RunLock
     # Set by join
-    _trackers: list[str]
     _shares: list[int]  # of the global batch, by rank
     session: Session
     # Set by load_inputs
@@ -69,6 +70,7 @@ class Run:
     inputs: Inputs
     # Set by resume
     log: messages.MetricsLog
+    trackers: Trackers
     _state: dict | None  # state.json of the checkpoint from which the run continues
     _timeout: GroupTimeout
     # Set by begin
@@ -118,11 +120,10 @@ class Run:
         Raises:
             UserError: the machines differ in something that must be equal, or the run folder cannot be used.
         """
-        self._trackers = messages.check_trackers(self.config.report_to)
         self._shares = divide_batch(self.config.batch_size, self.config.shares, self.world.num_processes)
         self.session = join(self.config, self.world, self.peers, self._lock)
         self.config = self.session.config  # with the values that were chosen
-        return self.session.accelerator_arguments() | {"log_with": self._trackers or None}
+        return self.session.accelerator_arguments() | {"log_with": choose_trackers(self.config.report_to) or None}
 
     def load_inputs(self, accelerator: Accelerator) -> Inputs:
         """Loads tokenizer, model and data, from another machine if this one lacks them.
@@ -151,8 +152,8 @@ class Run:
             self._saving.saver.prune(self._state["step"])  # a machine without checkpoints keeps what it was sent
         self._timeout = GroupTimeout(self.accelerator, self.inputs.model, self.config.timeout_seconds)
         log_start(self.session, self.inputs, self._shares, lines)
-        if self._trackers:
-            self.accelerator.init_trackers("p2p-llm-forge", config=dataclasses.asdict(self.config))
+        self.trackers = Trackers(self.accelerator)
+        self.trackers.start(self.session.folder.resolve().name, dataclasses.asdict(self.config))
 
     def begin(
         self,
@@ -172,12 +173,13 @@ class Run:
         self._optimizers, self._saved_optimizers = optimizers, [*optimizers, *also_save]
         self._nonfinite = NonFiniteSteps(self.config, self.accelerator, self.log)
         memory = self._saving.memory
-        self.step_log = StepLog(self.config, self.session, self.inputs, self.accelerator, self.log, memory, model)
+        logs = (self.log, self.trackers)
+        self.step_log = StepLog(self.config, self.session, self.inputs, self.accelerator, logs, memory, model)
         self._set_step(state["step"] if state else 0)
         self._periodic = Periodic(self.step, self.inputs.plan.num_steps)
         self._write_run_json()
-        if state:
-            messages.log_resume(self.log, self.step, self.inputs.plan, changed_settings(self.session, state))
+        changed = changed_settings(self.session, state) if state else None
+        messages.log_begin(self.log, self.step, self.inputs.plan, self.session.hosts, changed)
         self.peers.on_peer_error = self._on_peer_error
         settle_buckets(self.accelerator, model, optimizers, self.inputs.dataset[EMPTY_BLOCK])
         self.step_log.sync.backward_done()
@@ -201,7 +203,9 @@ class Run:
         """
         plan, accelerator, rank = self.inputs.plan, self.accelerator, self.world.process_index
         self.stop_request.defer(self._lock.folder if self.world.is_local_main else None)
-        bar = self._progress.enter_context(messages.progress_bar(plan.num_steps, self.step, is_main=rank == 0))
+        bar = self._progress.enter_context(progress_bar(plan.num_steps, self.step, is_main=rank == 0))
+        profiler = StepProfiler(accelerator, self.session.folder / "profile", self.config.profile_steps)
+        self._progress.enter_context(profiler)
         for step, blocks in batches or plan.batches(self.step):
             self.step_log.start_step()
             self.peers.set_status("reading its batch")
@@ -213,6 +217,7 @@ class Run:
             self.peers.set_status("computing")
             torch.manual_seed(step_seed(self.config.seed, step, rank))  # for dropout
             yield step, blocks, batch
+            profiler.step_done()
             bar.update(self.step - bar.n)
             bar.set_postfix(self.step_log.postfix, refresh=False)
             if self.stopped_by:
@@ -234,8 +239,7 @@ class Run:
         Args:
             losses: the loss sum of each of this process's micro-batches, scalars.
         """
-        reason = self.stop_request.reason()
-        if reason:
+        if reason := self.stop_request.reason():
             self.peers.set_first("stop", reason)
         self._totals = StepTotals(losses, must_stop=bool(reason))
 
@@ -312,9 +316,8 @@ class Run:
         scaler = self.accelerator.scaler
         state = describe_state(self.session, self.inputs, self.step, scaler.state_dict() if scaler else None)
         evaluated_at, results = self._evaluated
-        state |= self.extra_state
-        state["learning_rate"] = next_learning_rate
-        state["eval_loss"] = results["eval_loss"] if evaluated_at == self.step else None
+        eval_loss = results["eval_loss"] if evaluated_at == self.step else None
+        state |= self.extra_state | {"learning_rate": next_learning_rate, "eval_loss": eval_loss}
         with self.pause("saving"):
             write = self._saving.save_last if self.stopped_by else self._saving.save
             write(self.step, self.inputs.model, self._saved_optimizers, state)
@@ -323,7 +326,7 @@ class Run:
         """Logs the results of an evaluation; the next checkpoint and the model card contain them."""
         self._evaluated = (self.step, results)
         self.log.write(step=self.step, **results)
-        self.accelerator.log(results, step=self.step)
+        self.trackers.log(results, step=self.step)
         logger.info(f"step {self.step}: {messages.describe_evaluation(results)}")
 
     @contextmanager
@@ -355,30 +358,27 @@ class Run:
         self.peers.set_status("finishing")
         self._saving.saver.wait()
         self._saving.report()
-        final = self.session.folder / "final"
         if self.stopped_by:
             self.log.write(step=self.step, event="stop", reason=self.stopped_by)
         elif self.accelerator.is_main_process:
-            card = {"steps": self.step, **self._evaluated[1], "configuration": dataclasses.asdict(self.config)}
-            save_final(self.inputs.model, self.inputs.tokenizer, final, card)
             self._write_run_json()
-            logger.info(f"done: the model is in {final}, the metrics are in {final.with_name('metrics.jsonl')}")
-        for tracker in self.accelerator.trackers:
-            tracker.finish()  # it may be slow: the others wait at the barrier
-        self.accelerator.trackers = []
+            from forge_lib.training.finishing import write_results  # matplotlib and others: slow to import
+
+            results = {"steps": self.step, **self._evaluated[1]}
+            write_results(self.config, self.inputs.model, self.inputs.tokenizer, self.session.folder, results)
+        self.trackers.finish()  # it may be slow: the others wait at the barrier
         self._saving.finish_running("saves")
         self.peers.barrier("end")
         if self.stopped_by:
             self.peers.release_launchers()
         self.stop_request.done()
-        self._optimizers = self._saved_optimizers = self.step_log = self._totals = (
-            None  # the last owners of DDP and of an all-reduce
-        )
+        # The last owners of DDP and of an all-reduce:
+        self._optimizers = self._saved_optimizers = self.step_log = self._totals = None
         self.accelerator.free_memory()
         self.accelerator.end_training()
         if self.stopped_by:
             raise Stopped(f"stopped after step {self.step} by {self.stopped_by}; start it again to continue")
-        return final
+        return self.session.folder / "final"
 
     def _set_step(self, step: int) -> None:
         self.step = self.peers.step = step

@@ -113,6 +113,7 @@ class Saving:
             peak = self.memory.end_save()
             if outcome.path:
                 facts = {"path": str(outcome.path), "seconds": outcome.seconds, "peak_memory_bytes": peak}
+                facts["hosts"] = self._session.checkpoint_hosts()
                 self._log.write(step=outcome.step, event="checkpoint", **facts)
                 if outcome.error:
                     logger.error(f"{host}: the checkpoint of step {outcome.step} was written, but {outcome.error}")

@@ -23,6 +23,7 @@ from forge_lib.distributed.timeouts import GROUP_START_SECONDS
 from forge_lib.errors import UserError
 from forge_lib.models.loading import model_exists
 from forge_lib.process import World
+from forge_lib.training.hub import check_hub
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,18 @@ class Session:
 
     def is_checkpoint_machine(self) -> bool:
         """Returns whether this machine is one of `--checkpoint-machines`."""
+        return self.world.machine in self._checkpoint_machines()
+
+    def checkpoint_hosts(self) -> list[str]:
+        """Returns the host names of `--checkpoint-machines`."""
+        kept = self._checkpoint_machines()
+        return list(dict.fromkeys(each.host for each in self.agreement.processes if each.machine in kept))
+
+    def _checkpoint_machines(self) -> list[int]:
         machines = sorted({process.machine for process in self.agreement.processes})
         which = self.config.checkpoint_machines
         count = {"all": len(machines), "main": 1}.get(which) or int(which)
-        return self.world.machine in machines[:count]
+        return machines[:count]
 
     def accelerator_arguments(self) -> dict[str, Any]:
         """Returns the arguments of `Accelerator(...)`: device, precision and backend, as agreed by all processes."""
@@ -84,6 +93,8 @@ def join(config: TrainConfig, world: World, peers: Peers, lock: RunLock) -> Sess
         UserError: the machines differ in something that must be equal, or the run folder is in use or not writable.
     """
     check_environment()
+    if config.push_to_hub and world.process_index == 0:
+        check_hub(config.push_to_hub)
     device = choose_device(config.device, world)
     if world.is_local_main:
         make_folder(lock.folder, world)

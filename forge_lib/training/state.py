@@ -71,8 +71,24 @@ def describe_run(session: Session, inputs: Inputs, shares: list[int], timeout: d
         "config": dataclasses.asdict(session.config),
         "batches": dataclasses.asdict(inputs.plan) | {"shares": shares},
         "world": [{key: value for key, value in process.items() if key != "config"} for process in world],
+        "data": _describe_data(inputs),
         "backend": session.agreement.backend,
         "mixed_precision": session.agreement.mixed_precision,
         "process_group_timeout": timeout,
         "run": inputs.identity,
     }
+
+
+def _describe_data(inputs: Inputs) -> dict:
+    """Returns what people ask about the data: its size, and its fingerprints."""
+    facts = {
+        "num_tokens": inputs.store.manifest["num_tokens"],
+        "num_documents": inputs.store.manifest["num_documents"],
+    }
+    facts["fingerprint"] = inputs.store.fingerprint
+    if inputs.eval_dataset:
+        facts |= {
+            "num_held_out_blocks": len(inputs.eval_dataset),
+            "held_out_fingerprint": inputs.eval_store.fingerprint,
+        }
+    return facts

@@ -11,6 +11,7 @@ from torch import nn
 
 from forge_lib.config import TrainConfig
 from forge_lib.distributed.speed import reliable_matmul_flops
+from forge_lib.progress import format_seconds
 from forge_lib.training.anomalies import SpikeDetector, find_straggler
 from forge_lib.training.gradient_sync import GradientSync
 from forge_lib.training.inputs import Inputs
@@ -19,6 +20,7 @@ from forge_lib.training.memory import PeakMemory
 from forge_lib.training.session import Session
 from forge_lib.training.throughput import Throughput
 from forge_lib.training.totals import sum_dtype
+from forge_lib.training.trackers import Trackers
 
 logger = logging.getLogger("forge")
 
@@ -37,12 +39,14 @@ class StepLog:
         session: Session,
         inputs: Inputs,
         accelerator: Accelerator,
-        log: MetricsLog,
+        logs: tuple[MetricsLog, Trackers],
         memory: PeakMemory,
         model: nn.Module,
     ):
-        self.config, self.session, self.inputs, self.accelerator, self.log = config, session, inputs, accelerator, log
+        self.config, self.session, self.inputs, self.accelerator = config, session, inputs, accelerator
+        self.log, self.trackers = logs
         self.memory = memory
+        self._started_at, self._first_step = time.monotonic(), -1  # of this start of the run
         self.sync = GradientSync(model, fp16=config.gradient_compression == "fp16")
         self.postfix: dict[str, str] = {}
         self._throughput = Throughput(inputs.model, config.sequence_length)
@@ -116,14 +120,26 @@ class StepLog:
             "num_processes": self.accelerator.num_processes,
         }
         self.log.write(**row)
-        self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=step)
+        figures = {name: value for name, value in row.items() if name != "step"}
+        utilization = row["compute_seconds"] / step_seconds
+        machines = len(set(self.session.hosts))
+        self.trackers.log(figures | {"utilization": utilization, "num_machines": machines}, step)
         self.postfix = {"loss": f"{loss:.4f}", "tokens_per_second": f"{tokens_per_second:,.0f}"}
         logger.info(
             f"step {step}/{plan.num_steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  "
-            f"lr {learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s"
+            f"lr {learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s{self._time_left(step)}"
         )
         if not self._throughput.peak_flops:
             self.measure_peak_flops()  # here: it would delay the first row
+
+    def _time_left(self, step: int) -> str:
+        """Returns how long the run will take at its present pace, for the log; empty if that is not known yet."""
+        if self._first_step < 0:
+            self._started_at, self._first_step = time.monotonic(), step  # the first steps are slow
+            return ""
+        seconds = (time.monotonic() - self._started_at) / max(1, step - self._first_step)
+        remaining = self.inputs.plan.num_steps - step
+        return f"  {format_seconds(seconds * remaining)} left" if remaining else ""
 
     def _gather_figures(self) -> tuple[int, list[float]]:
         """Returns the largest peak memory of any process, in bytes, and the seconds that each computed, by rank."""

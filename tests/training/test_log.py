@@ -2,19 +2,36 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from forge_lib.errors import UserError
-from forge_lib.training.log import MetricsLog, check_trackers, to_json
+from forge_lib.training.log import MetricsLog, to_json
+from forge_lib.training.trackers import Trackers, choose_trackers
 
 
-def test_an_unknown_tracker_is_an_error_that_names_the_installed_ones():
-    assert check_trackers("none") == []
-    assert check_trackers("tensorboard") == ["tensorboard"]
-    with pytest.raises(UserError, match="--report-to tensorbored: no such tracker"):
-        check_trackers("tensorbored")
+def test_an_unknown_tracker_is_an_error_and_a_missing_package_only_a_warning(caplog):
+    assert choose_trackers("none") == []
+    assert choose_trackers("tensorboard,trackio") == ["tensorboard", "trackio"]
+    with pytest.raises(UserError, match="--report-to tensorbored: no such tracker; expected all, aim, tensorboard"):
+        choose_trackers("tensorbored")
+    assert choose_trackers("aim,trackio") == ["trackio"]
+    assert "--report-to aim: its package is not installed" in caplog.text
+
+
+def test_a_tracker_that_fails_is_dropped_with_one_warning(caplog):
+    seen = []
+    good = SimpleNamespace(name="good", log=lambda values, step: seen.append((step, values)), finish=lambda: None)
+    bad = SimpleNamespace(name="bad", log=lambda values, step: 1 / 0)
+    accelerator = SimpleNamespace(trackers=[bad, good], is_main_process=True)
+    trackers = Trackers(accelerator)
+    for step in (1, 2):
+        trackers.log({"loss": 1.5, "mfu": None}, step)
+    trackers.finish()
+    assert seen == [(1, {"loss": 1.5}), (2, {"loss": 1.5})]
+    assert caplog.text.count("the tracker bad has failed: division by zero") == 1
 
 
 def test_the_log_continues_after_an_incomplete_line(tmp_path):
