@@ -18,6 +18,7 @@ from torch import nn
 
 from forge_lib.config import ModelConfig, ModelNameConfig
 from forge_lib.errors import UserError, first_line
+from forge_lib.models.activations import fuse_activations
 from forge_lib.models.checking import check_gradient
 from forge_lib.models.compilation import compile_model
 from forge_lib.models.loss import add_loss
@@ -60,6 +61,7 @@ def load_trained_model(
     check_weight_files(config.model_name)
     model = _drop_unknown_use_cache(_load_weights(config)).eval()
     check_fit(model.config, vocab_size, sequence_length, _num_reserved_positions(model))
+    fuse_activations(model)
     return add_loss(model)
 
 
@@ -96,6 +98,7 @@ def load_model(config: ModelConfig, vocab_size: int, sequence_length: int) -> tr
     else:
         model = _load(transformers.AutoModelForCausalLM.from_config, config, model_config, dtype=torch.float32)
     check_fit(model.config, vocab_size, sequence_length, _num_reserved_positions(model))
+    fuse_activations(model)
     return add_loss(_drop_unknown_use_cache(model).train())
 
 
