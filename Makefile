@@ -12,7 +12,7 @@ SOURCES := forge_lib scripts tests data docs
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo smoke docs style quality test faults networks elastic soak forecast clean
+.PHONY: setup demo smoke docs notebook style quality test faults networks elastic soak forecast clean
 
 setup: .venv/ready
 
@@ -47,6 +47,9 @@ smoke: setup
 
 docs: .venv/ready-dev
 	$(BIN)/python docs/make_flags.py
+
+notebook: .venv/ready-dev
+	$(BIN)/python docs/make_notebook.py
 
 style: .venv/ready-dev
 	$(BIN)/ruff format $(SOURCES)
