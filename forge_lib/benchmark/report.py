@@ -83,6 +83,7 @@ def machine() -> str:
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     capability = torch.backends.cpu.get_cpu_capability()
+    capability += " with AMX" if any("amx_bf16" in line for line in _cpu_lines()) else ""
     return f"{date.today()}; {processor}, {cores} cores, {capability}, {memory:.0f} GiB, {device}; {versions}."
 
 

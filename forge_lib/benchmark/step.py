@@ -23,6 +23,7 @@ from forge_lib.errors import UserError
 WARM_STEPS = 2
 LEAST_VOCABULARY = 2048  # of the models that are measured
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # as in train.py
+MAX_BF16_DIFFERENCE = 0.02  # the same, if one of both may train in bf16
 MAX_LOSS_DIFFERENCE = 1e-4  # relative, in fp32: a larger one means that the trainers do not train the same
 LLAMA = {"intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8}
 
@@ -38,6 +39,7 @@ class Workload:
         sequence_length: tokens per sequence.
         steps: measured optimizer steps.
         flags: of train.py, in addition.
+        has_defaults: whether both choose precision and threads themselves; else fp32, and one thread per process.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Workload:
     sequence_length: int = 256
     steps: int = 6
     flags: Sequence[str] = ()
+    has_defaults: bool = False
 
     @property
     def tokens(self) -> int:
@@ -156,20 +159,21 @@ def compare_steps(setting: Setting, workload: Workload, kind: str, num_processes
     for _ in range(rounds):
         ours = train(setting, workload, num_processes, kind == "compiled")
         pairs.append((ours, train_baseline(setting, workload, num_processes, kind)))
-    figure = _compare(workload.name, kind, num_processes, pairs)
+    figure = _compare(workload, kind, num_processes, pairs)
     print(json.dumps(asdict(figure)), file=sys.stderr, flush=True)
     return figure
 
 
 def train(setting: Setting, workload: Workload, num_processes: int = 1, compiled: bool = False) -> Measured:
-    """Trains with train.py; each process has one thread."""
+    """Trains with train.py."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--model-name", setting.model(workload), "--dataset-path", setting.store, "--output-dir", folder]
         flags += ["--batch-size", workload.batch_size]
         flags += ["--sequence-length", workload.sequence_length, "--max-steps", WARM_STEPS + workload.steps]
-        flags += ["--mixed-precision", "no", "--lr-scheduler", "constant", "--log-every", 1, "--eval-every", 0]
-        flags += ["--checkpoint-every", 0, *(["--compile"] if compiled else []), *workload.flags]
-        ended = _run(["scripts/train.py", *flags], num_processes)
+        flags += ["--mixed-precision", "auto" if workload.has_defaults else "no", "--write-report", "false"]
+        flags += ["--lr-scheduler", "constant", "--log-every", 1, "--eval-every", 0, "--checkpoint-every", 0]
+        flags += [*(["--compile"] if compiled else []), *workload.flags]
+        ended = _run(["scripts/train.py", *flags], num_processes, workload.has_defaults)
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     speed = statistics.median(row["tokens_per_second"] for row in steps[WARM_STEPS:])
@@ -177,32 +181,33 @@ def train(setting: Setting, workload: Workload, num_processes: int = 1, compiled
 
 
 def train_baseline(setting: Setting, workload: Workload, num_processes: int = 1, kind: str = "best") -> Measured:
-    """Trains with transformers.Trainer, a kind of trainer.KINDS; each process has one thread."""
+    """Trains with transformers.Trainer, a kind of trainer.KINDS."""
     task = Task(
         model=str(setting.model(workload)), store=str(setting.store), kind=kind, steps=WARM_STEPS + workload.steps,
         batch_size=workload.batch_size, sequence_length=workload.sequence_length, num_processes=num_processes,
         checkpointing="--gradient-checkpointing" in workload.flags,
     )  # fmt: skip
-    ended = _run(["-m", "forge_lib.benchmark.trainer", json.dumps(asdict(task))], num_processes)
+    ended = _run(["-m", "forge_lib.benchmark.trainer", json.dumps(asdict(task))], num_processes, workload.has_defaults)
     found = json.loads(ended.output.splitlines()[-1])
     seconds = statistics.median(found["seconds"][WARM_STEPS - 1 :])
     return Measured(workload.tokens / seconds, ended.peak_bytes, found["losses"])
 
 
-def _run(words: Sequence[object], num_processes: int) -> Finished:
-    """Runs a Python program, with torchrun if it has several processes; each has one thread."""
+def _run(words: Sequence[object], num_processes: int, chooses_threads: bool) -> Finished:
+    """Runs a Python program, with torchrun if it has several processes; each has one thread, or chooses itself."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes]
     command = ["python", *(launcher if num_processes > 1 else []), *words]
-    return run_programs([command], [{"OMP_NUM_THREADS": "1"}])
+    return run_programs([command], [{} if chooses_threads else {"OMP_NUM_THREADS": "1"}])
 
 
-def _compare(name: str, kind: str, num_processes: int, pairs: list[tuple[Measured, Measured]]) -> StepFigure:
+def _compare(workload: Workload, kind: str, num_processes: int, pairs: list[tuple[Measured, Measured]]) -> StepFigure:
+    name = workload.name
     ratios = [ours.tokens_per_second / baseline.tokens_per_second for ours, baseline in pairs]
     differences = [
         abs(a - b) / b for ours, baseline in pairs for a, b in zip(ours.losses, baseline.losses, strict=True)
     ]
 
-    if max(differences) > MAX_LOSS_DIFFERENCE:
+    if max(differences) > (MAX_BF16_DIFFERENCE if workload.has_defaults else MAX_LOSS_DIFFERENCE):
         raise RuntimeError(f"{name}: the losses differ by up to {max(differences):.1e}, so the speeds say nothing")
 
     def median(of: str, which: int) -> float:

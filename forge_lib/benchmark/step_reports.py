@@ -35,10 +35,15 @@ def measure_steps(setting: Setting, rounds: int) -> list[Report]:
         compare_steps(setting, workload, kind, count, rounds + EXTRA_ROUNDS * (workload is GPT2_124M))
         for workload, kind, count in cases
     ]
+    defaults = [
+        compare_steps(setting, replace(each, has_defaults=True), "default", 1, rounds)
+        for each in (LLAMA_9M, GPT2_124M)
+    ]
     counts = [each for each in figures if (each.workload, each.baseline) == (LLAMA_9M.name, "best")]
     speeds = _report("speed_processes", "Tokens/s over the processes, fp32, one thread each", counts)
     return [
         _report("step", "Steps beside transformers.Trainer, fp32, one thread each", figures),
+        _report("defaults", "Steps beside transformers.Trainer, precision and threads by default", defaults),
         replace(speeds, plot=lambda axes: _curves(axes, counts, [1, 2], "processes", _speed, "tokens/s")),
     ]
 
