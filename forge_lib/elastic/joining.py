@@ -34,6 +34,7 @@ def give_state(peer: Peer, outer: OuterOptimizer, config: ElasticConfig, run: Ru
     if config.eval_dataset_path:
         stores["eval_dataset_path"] = inputs.eval_store.folder
     serve_inputs(config, peer.shared, stores)
+    peer.membership.on_wait = run.session.lock.set_waiting
 
 
 def restore_state(

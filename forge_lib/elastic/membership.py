@@ -85,11 +85,15 @@ class Membership:
     Args:
         lighthouses: addresses http://HOST:PORT; the first one that answers is used.
         name: of this peer.
+
+    Attributes:
+        on_wait: called with what this peer waits for, and with an empty text when it goes on.
     """
 
     def __init__(self, lighthouses: list[str], name: str):
         self.id = f"{name}:{uuid.uuid4().hex[:8]}"
         self._urls = lighthouses
+        self.on_wait: Callable[[str], None] = lambda what: None
         self._client: Any = None
         self._strange: set[str] = set()  # identifiers of other programs
         self._beats = threading.Event()
@@ -187,12 +191,14 @@ class Membership:
             self._client = None
             time.sleep(HEARTBEAT_SECONDS)
             self._lost_at = self._lost_at or now  # the heartbeats may have found out before
+        what = f"the lighthouse {' or '.join(self._urls)}" if self._lost_at else "the other peers"
+        if now - begun > REQUEST_SECONDS or is_lost:
+            self.on_wait(what)
         if is_lost and not self._is_loss_logged:
             self._is_loss_logged = True
             logger.warning(f"waiting for the lighthouse {' or '.join(self._urls)}: {first_line(error)}")
             return now
         if now - noted > STATUS_SECONDS:
-            what = f"the lighthouse {' or '.join(self._urls)}" if self._lost_at else "the other peers"
             logger.info(f"waiting for {what} since {now - begun:.0f} s")
             return now
         return noted

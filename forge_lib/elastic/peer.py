@@ -179,6 +179,7 @@ class Peer:
             if self.config.sync_every == 1 and len(ready) < len(members):
                 time.sleep(RETRY_SECONDS)  # all wait until the others have the state, too
                 continue
+            self.membership.on_wait("")
             return Met(self.plan(members, ready), exchanges, lost, changed)
 
     def _serve(self, members: list[Member], ready: list[Member]) -> None:
@@ -201,6 +202,7 @@ class Peer:
         if time.monotonic() - self._noted_at > STATUS_SECONDS:
             self._noted_at = time.monotonic()
             logger.info(f"{len(ready)} of {wanted} peers are there; waiting for the others")
+        self.membership.on_wait(f"{wanted - len(ready)} more of {wanted} peers")
         return True
 
     def _num_wanted(self) -> int:
