@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -124,9 +125,22 @@ class RateMeter:
         return self._seconds * num_bytes / self._num_bytes if self._num_bytes else 0.0
 
 
-def catch_up(
-    own: StateFiles, meeting: Meeting, ready: list[Member], gives_up: Callable[[], bool]
-) -> tuple[bool, float]:
+@dataclass
+class CaughtUp:
+    """What came of an attempt to catch up.
+
+    Attributes:
+        contributed: whether what this peer had computed is in its state now: the others had committed it.
+        was_dropped: whether that was dropped.
+        update_seconds: that the download of one update takes; 0: not known.
+    """
+
+    contributed: bool = False
+    was_dropped: bool = False
+    update_seconds: float = 0.0
+
+
+def catch_up(own: StateFiles, meeting: Meeting, ready: list[Member], gives_up: Callable[[], bool]) -> CaughtUp:
     """Brings this peer's state to that of the others: with the updates that it lacks, or else with all of it.
 
     Args:
@@ -135,11 +149,8 @@ def catch_up(
         ready: the peers with the newest state; the first of them serves it.
         gives_up: called now and then; once it returns true, a download ends.
 
-    Returns:
-        Whether what this peer had computed is in the state: the others had committed it; and the seconds that the
-        download of one update takes, 0 if that is not known.
     """
-    is_in, meter = False, RateMeter()
+    found, meter = CaughtUp(), RateMeter()
     commits = any(member.facts.tokens for member in ready)  # they commit a round now: it can be had in a moment
     for source in (member.facts for member in ready):
         try:
@@ -147,17 +158,19 @@ def catch_up(
             updates, newest = served.get(UPDATES, {}), max(filter(STATE_NAME.fullmatch, served), default="")
             names = _missing_updates(own.state, source, updates)
             is_smaller = newest and _needs_fewer_bytes(own.state, newest, served[newest], updates, names)
-            is_complete = False
-            if not is_smaller:
-                is_complete, is_in = _apply_updates(own, meeting, source, (updates, names), gives_up, meter)
+            is_complete = not is_smaller and _apply_updates(
+                own, meeting, source, (updates, names), gives_up, meter, found
+            )
             if not is_complete and newest:
                 _load_state(own, meeting, source, (newest, served[newest]), gives_up, meter)
+                found.was_dropped = True
             if is_complete or newest:
-                return is_in, meter.seconds_for(max((each["bytes"] for each in updates.values()), default=0))
+                found.update_seconds = meter.seconds_for(max((each["bytes"] for each in updates.values()), default=0))
+                return found
         except (GoneError, UserError, SafetensorError, *NETWORK_ERRORS) as error:  # UserError: the disk is full
             logger.warning(f"the state of {source.name} cannot be fetched: {error}; trying again")
     time.sleep(RETRY_SECONDS)
-    return is_in, 0.0
+    return found
 
 
 def _missing_updates(state: SharedState, source: PeerFacts, updates: dict) -> list[str]:
@@ -198,36 +211,37 @@ def _apply_updates(
     served: tuple[dict, list[str]],
     gives_up: Callable[[], bool],
     meter: RateMeter,
-) -> tuple[bool, bool]:
+    found: CaughtUp,
+) -> bool:
     """Applies the updates of the rounds that this peer lacks, if the source has all of them.
 
     Returns:
-        Whether the state is now that of the source; and whether it contains what this peer had computed.
+        Whether the state is now that of the source.
     """
     files, names = served
-    state, is_in = own.state, False
+    state = own.state
     if not names:
-        return False, False
+        return False
     for name in names:
         target = own.incoming / name.partition(".")[0]
+        with meter.measure(files[name]["bytes"]):
+            download(source, UPDATES, {name: files[name]}, target, gives_up)
         try:
-            with meter.measure(files[name]["bytes"]):
-                download(source, UPDATES, {name: files[name]}, target, gives_up)
             commit, data, expected = own.read_update(target / name)
-        except (GoneError, UserError, *NETWORK_ERRORS, *UPDATE_ERRORS) as error:
+        except UPDATE_ERRORS as error:
             logger.warning(f"an update from {source.name} cannot be used: {error}")
-            return False, is_in
+            return False
         before = state.hash
-        is_in |= meeting.apply_missed(commit, data)
+        found.contributed |= meeting.apply_missed(commit, data)
         if state.hash != expected:
             logger.warning(f"the update of round {commit.round} does not fit this peer's state: it gets all of it")
-            return False, is_in
+            return False
         try:
             own.keep_update(commit, data, before)
         except (OSError, SafetensorError) as error:
             logger.warning(f"the update of round {commit.round} cannot be kept for others: {error}")
         disk.remove(target)
-    return True, is_in
+    return True
 
 
 def _load_state(
@@ -240,6 +254,9 @@ def _load_state(
 ) -> None:
     name, files = served
     target = own.incoming / name
+    for old in own.incoming.glob(f"*{STATE}-*"):
+        if not old.name.endswith(name):  # of a download that will not go on
+            disk.remove(old)
     with meter.measure(total_bytes(files)):
         download(source, name, files, target, gives_up)
     meeting.drop()

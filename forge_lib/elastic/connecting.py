@@ -24,23 +24,26 @@ LIGHTHOUSE_SECONDS = 60.0  # how long the lighthouse may take to start
 PROBE_SECONDS = 3.0  # to connect to another machine
 
 
-def own_address(wanted: str, host: str, port: int) -> str:
+def own_address(wanted: str, urls: Sequence[str]) -> str:
     """Returns the IP address at which the others reach this peer.
 
     Args:
-        wanted: --peer-address; empty: the address on the route to the lighthouse.
-        host, port: of the lighthouse.
+        wanted: --peer-address; empty: the address on the route to a lighthouse.
+        urls: of --lighthouse; the first one to which there is a route counts.
 
     Raises:
         UserError: the name does not resolve, there is no route, or it is a loopback address, which others cannot use.
     """
-    name = wanted or host
-    try:
-        address = route_address(host, port)
-        if wanted:
-            address = socket.getaddrinfo(wanted, port, type=socket.SOCK_STREAM)[0][4][0]
-    except OSError as error:
-        raise UserError(f"this machine has no route to {name}: {error.strerror}; correct --lighthouse") from None
+    address, failed = "", ""
+    for host, port in map(split_address, urls):
+        name = wanted or host
+        try:
+            address = route_address(host, port) if not wanted else _resolve(wanted, port)
+            break
+        except OSError as error:
+            failed = failed or f"this machine has no route to {name}: {error.strerror}; correct --lighthouse"
+    if not address:
+        raise UserError(failed)
     is_local = host == "localhost" or host.startswith("127.") or host == "::1"
     if ipaddress.ip_address(address.split("%")[0]).is_loopback and not is_local:
         raise UserError(
@@ -48,6 +51,10 @@ def own_address(wanted: str, host: str, port: int) -> str:
             "address on the network with --peer-address, or in cluster.yaml"
         )
     return address
+
+
+def _resolve(name: str, port: int) -> str:
+    return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][4][0]
 
 
 @contextlib.contextmanager

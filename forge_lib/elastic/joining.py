@@ -24,12 +24,13 @@ def give_state(peer: Peer, outer: OuterOptimizer, config: ElasticConfig, run: Ru
     """Gives a peer the state that it shares with the others, and lets it serve its model and data."""
     inputs = run.inputs
     flags = {name: getattr(config, name) for name in FIXED_FLAGS}
-    identity = {name: inputs.identity[name] for name in FIXED_INPUTS}
-    identity |= {"seed": config.seed, "held-out data": inputs.eval_store.fingerprint}
+    flags |= {name: inputs.identity[name] for name in FIXED_INPUTS}
+    flags |= {"held-out data": inputs.eval_store.fingerprint}
+    identity = inputs.identity | {"is_inner_state_shared": config.sync_every == 1}
     state = SharedState(outer, Ledger(inputs.plan.num_samples(inputs.plan.num_steps)))
     folder = run.session.folder / "shared"
     files = StateFiles(state, folder, peer.shared, identity, keeps_checkpoints=config.checkpoint_every > 0)
-    peer.own_state(files, flags | identity)
+    peer.own_state(files, flags)
     stores = {"dataset_path": inputs.store.folder}
     if config.eval_dataset_path:
         stores["eval_dataset_path"] = inputs.eval_store.folder

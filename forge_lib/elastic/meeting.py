@@ -22,7 +22,7 @@ MAX_DOUBLINGS = 6  # of the time limit, after failed exchanges
 TIMEOUT_FLOOR_SECONDS = 5.0
 TIMEOUT_FACTOR = 4  # times the slowest of the last exchanges
 CONNECT_SECONDS = 10.0
-MAX_FAILURES = 4  # of the exchange of a round; then the peers that have not trained yet are left out
+MAX_FAILURES = 4  # of the exchange of a round; then peers are left out although nobody knows which link is broken
 
 
 def ready_members(members: list[Member]) -> list[Member]:
@@ -40,24 +40,29 @@ def ready_members(members: list[Member]) -> list[Member]:
     return [m for m in alike if (m.facts.round, m.facts.state_hash) == (newest.round, newest.state_hash)]
 
 
-def connected_members(ready: list[Member]) -> list[Member]:
+def connected_members(members: list[Member]) -> list[Member]:
     """Returns the members that can exchange with each other, as far as they know.
 
     Of members that do not reach each other, the one with the most broken links is left out first; if there are
-    several, one that has not trained yet. After some failures without a broken link that anyone has found, those that
-    have not trained yet are left out.
+    several, one that has not exchanged yet. After some failures without a broken link that anyone has found (a
+    firewall may let through only the port that is tested), those that have not exchanged yet are left out; if that is
+    all or none of them, one after the other.
     """
-    left = list(ready)
+    left = list(members)
     while True:
         ids = {member.id for member in left}
         broken = [(member.id, other) for member in left for other in member.facts.unreachable if other in ids]
         if not broken:
             break
         degree = Counter(each for link in broken for each in link)
-        left.remove(max(left, key=lambda member: (degree[member.id], member.facts.index < 0, member.id)))
-    trained = [member for member in left if member.facts.index >= 0]
-    is_hopeless = max(member.facts.failures for member in left) >= MAX_FAILURES
-    return trained if trained and is_hopeless else left
+        left.remove(max(left, key=lambda member: (degree[member.id], not member.facts.has_exchanged, member.id)))
+    failures = max(member.facts.failures for member in left)
+    if failures < MAX_FAILURES or len(left) == 1:
+        return left
+    proven = [member for member in left if member.facts.has_exchanged]
+    if 0 < len(proven) < len(left):
+        return proven
+    return [member for number, member in enumerate(left) if number != failures % len(left)]
 
 
 def contributors_of(ready: list[Member]) -> list[Member]:

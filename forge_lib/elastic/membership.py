@@ -114,9 +114,9 @@ class Membership:
         Peers.has_stuck_thread |= self._thread.is_alive()
 
     @property
-    def lost_seconds(self) -> float:
-        """Seconds since the lighthouse was lost; 0: it is there."""
-        return time.monotonic() - self._lost_at if self._lost_at else 0.0
+    def lost_at(self) -> float:
+        """When the lighthouse was lost, by time.monotonic; 0: it is there."""
+        return self._lost_at
 
     def expect(self, seconds: float = float("inf")) -> None:
         """Promises to ask for a quorum within `seconds`; later than that, this peer is late and sends no heartbeat.
@@ -147,6 +147,7 @@ class Membership:
             except (RuntimeError, TimeoutError) as error:
                 noted = self._note_failure(error, begun, noted)
                 continue
+            self.on_wait("")
             return members
         return None
 

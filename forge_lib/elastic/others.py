@@ -10,6 +10,7 @@ from forge_lib.peers_config import ElasticConfig
 
 logger = logging.getLogger("forge")
 
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 15.0, 300.0  # of a peer that the others have left out
 PROBED_FAILURES = 2  # of the exchange of a round; then each peer finds out to which others it can connect
 MAX_DIFFERING = 3  # updates in a row that may give other bits than those of the others
 
@@ -29,7 +30,7 @@ class Others:
 
     def __init__(self, config: ElasticConfig, report: Callable[..., None]):
         self._config, self._report, self.fixed = config, report, {}
-        self.failures, self.unreachable = 0, []
+        self.failures, self.unreachable, self._num_left_out = 0, [], 0
         self._present: dict[str, str] = {}  # name by identifier, at the last quorum
         self._differing = self._differed_at = 0  # updates with other bits in a row, and the round after the last one
 
@@ -64,26 +65,36 @@ class Others:
         logger.warning(f"the exchange of round {round} has failed: {first_line(error)}; trying again")
         self._report("exchange_failed", round=round, error=first_line(error))
         if self.failures >= PROBED_FAILURES:
-            self._probe(members, own)
+            self.probe(members, own)
 
-    def left_out(self, round: int, members: list[Member], own: str) -> None:
+    def exchanged(self) -> None:
+        """Records that an exchange with others has succeeded."""
+        self.failures = self._num_left_out = 0
+
+    def left_out(self, round: int, members: list[Member], own: str) -> float:
         """Logs that the others go on without this peer, because exchanges with it have failed.
 
         Args:
-            round: of the state of all.
-            members: with that state.
+            round: of this peer's state.
+            members: of the quorum.
             own: identifier of this peer.
+
+        Returns:
+            The seconds until it should try again; each failed attempt costs the others some time.
         """
         self.failures = 0
-        self._probe(members, own)
+        self._num_left_out += 1
+        self.probe(members, own)
         names = ", ".join(member.facts.name for member in members if member.id != own)
         logger.warning(
             f"the exchange with {names} fails: they go on without this peer, which tries again; check the firewall "
             "and --peer-address on this machine"
         )
         self._report("left_out", round=round)
+        return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (self._num_left_out - 1))
 
-    def _probe(self, members: list[Member], own: str) -> None:
+    def probe(self, members: list[Member], own: str) -> None:
+        """Finds out to which of the members this peer cannot connect."""
         others = [member for member in members if member.id != own]
         self.unreachable = find_unreachable(others)
         names = [member.facts.name for member in others if member.id in self.unreachable]

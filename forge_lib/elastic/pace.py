@@ -7,6 +7,7 @@ from dataclasses import dataclass
 FIRST_STEPS = 2  # of a peer whose speed is not known yet
 MIN_STEPS, MAX_STEPS = 10, 100  # of --sync-every, if it is derived
 UPDATES_PER_ROUND = 4  # how many updates the slowest peer that catches up can download in a round
+CATCH_UP_SECONDS = 600.0  # a round does not become longer than this for a peer that catches up
 EXCHANGE_SHARE = 1 / 25  # of a round, with a derived --sync-every: peers compute 95 % of the time
 LATE = 1.1  # a peer that has not arrived after this multiple of the round's seconds is late
 
@@ -46,6 +47,7 @@ def plan_round(
         average = min(MAX_STEPS, max(MIN_STEPS, average))
         if not exchange_seconds and len(step_seconds) > 1:
             average = FIRST_STEPS  # the first exchange follows soon, and is measured
-    average = max(average, math.ceil(UPDATES_PER_ROUND * update_seconds / mean_seconds))
+    for_late_peer = min(UPDATES_PER_ROUND * update_seconds, CATCH_UP_SECONDS)
+    average = max(average, math.ceil(for_late_peer / mean_seconds))
     seconds = average * mean_seconds
     return Pace([max(1, round(seconds / each)) if each > 0 else FIRST_STEPS for each in step_seconds], seconds)

@@ -18,7 +18,7 @@ from forge_lib.distributed.network import interface_of
 from forge_lib.elastic.catch_up import catch_up
 from forge_lib.elastic.connecting import own_address, running_lighthouse, should_serve
 from forge_lib.elastic.meeting import Exchanged, Meeting, connected_members, ready_members
-from forge_lib.elastic.membership import Membership, split_address
+from forge_lib.elastic.membership import Membership
 from forge_lib.elastic.others import Others
 from forge_lib.elastic.pace import LATE
 from forge_lib.elastic.peer_facts import Member, PeerFacts
@@ -33,9 +33,9 @@ logger = logging.getLogger("forge")
 
 RESTART_SECONDS = 30.0  # how long a peer that starts again waits for those of the last round
 STATUS_SECONDS = 30.0  # between two lines about missing peers
-PAUSE_SECONDS = 30.0  # after a download that has failed with --sync-every 1, or if this peer cannot connect
+PAUSE_SECONDS = 30.0  # after a download that has failed with --sync-every 1
 LINGER_SECONDS = 20.0  # how long a complete peer waits for one that was there and is late, and for the lighthouse
-DOWNLOAD_SECONDS = 10.0  # without a byte; after that a download has ended, or cannot go on
+DOWNLOAD_SECONDS = 40.0  # without a piece; after that a download has ended, or cannot go on
 RETRY_SECONDS = 0.5  # between two quorums while too few peers are there
 
 
@@ -62,7 +62,7 @@ class Peer:
         self.shared, self.state = Shared(), None
         self.step_seconds = self._exchange_seconds = self._update_seconds = 0.0
         self._started_at = 0.0  # when this peer first met others
-        self._has_trained = False  # since its start
+        self._has_trained = self._has_exchanged = False  # since its start
         self._behind: dict[str, int] = {}  # round by identifier, of the peers that had an older state
         self._noted_at = -STATUS_SECONDS  # when the last line about missing peers was logged
         self._others = Others(config, report)
@@ -71,11 +71,10 @@ class Peer:
     def __enter__(self) -> "Peer":
         config = self.config
         urls = config.lighthouse.split(",")
-        (host, port), *_ = map(split_address, urls)
         with ExitStack() as contexts:
             if config.serve_lighthouse and (own_port := should_serve(urls)):
                 contexts.enter_context(running_lighthouse(own_port))
-            self.address = own_address(config.peer_address, host, port)
+            self.address = own_address(config.peer_address, urls)
             if interface := interface_of(self.address):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             self._group = PeerGroup(self.address, config.peer_port)
@@ -118,6 +117,7 @@ class Peer:
             committed=self.state.ledger.num_committed,
             failures=self._others.failures,
             unreachable=self._others.unreachable,
+            has_exchanged=self._has_exchanged,
             is_leaving=self._gives_up(),
             is_complete=self.state.ledger.is_complete,
             wanted=self._num_wanted(),
@@ -147,18 +147,16 @@ class Peer:
                 self.leave()
                 return Met(None, exchanges, lost + self.drop(work), changed)
             self._others.note(members, self.membership.id)
-            newest = ready_members(members)
-            if self.membership.id not in [member.id for member in newest]:
-                self._others.check_config(newest[0].facts)
-                dropped = self._catch_up(work, newest)
+            members = self._connected(members)
+            if not members:
+                lost, work, changed = lost + self.drop(work), Work(), True
+                continue
+            ready = ready_members(members)
+            if self.membership.id not in [member.id for member in ready]:
+                self._others.check_config(ready[0].facts)
+                dropped = self._catch_up(work, ready)
                 if dropped is not None:
                     lost, work, changed = lost + dropped, Work(), True
-                continue
-            ready = connected_members(newest)
-            if self.membership.id not in [member.id for member in ready]:
-                lost, work, changed = lost + self.drop(work), Work(), True
-                self._others.left_out(self.state.round, newest, self.membership.id)
-                self._pause()
                 continue
             computed = any(member.facts.tokens for member in ready)
             if any(member.facts.sums for member in ready) or (computed and self.config.sync_every == 1):
@@ -179,8 +177,17 @@ class Peer:
             if self.config.sync_every == 1 and len(ready) < len(members):
                 time.sleep(RETRY_SECONDS)  # all wait until the others have the state, too
                 continue
-            self.membership.on_wait("")
             return Met(self.plan(members, ready), exchanges, lost, changed)
+
+    def _connected(self, members: list[Member]) -> list[Member]:
+        """Returns the members that can exchange; none if this one is left out, after a pause."""
+        connected, own = connected_members(members), self.membership.id
+        if own not in [member.id for member in connected]:
+            self._pause(self._others.left_out(self.state.round, members, own))
+            return []
+        if len(connected) < len(members):  # is it still so?
+            self._others.probe([member for member in members if member not in connected], own)
+        return connected
 
     def _serve(self, members: list[Member], ready: list[Member]) -> None:
         """Writes the state for the members that lack it, unless the updates that are served are enough for them.
@@ -255,10 +262,12 @@ class Peer:
 
     def linger(self) -> None:
         """Serves a complete run until all living peers have it; waits for a late one as long as it comes nearer."""
-        until, seen = 0.0, set()
+        until, seen, begun = 0.0, set(), time.monotonic()
 
         def gives_up() -> bool:
-            return self._gives_up() or self.membership.lost_seconds > LINGER_SECONDS
+            lost_at = self.membership.lost_at
+            is_lost = lost_at and time.monotonic() - max(lost_at, begun) > LINGER_SECONDS
+            return self._gives_up() or bool(is_lost)
 
         while members := self.membership.quorum(self.facts(Work()), gives_up):
             late = {(member.id, member.facts.round) for member in members if not member.facts.is_complete}
@@ -300,9 +309,10 @@ class Peer:
         return exchanged
 
     def _exchanged(self, exchanged: Exchanged, members: list[Member]) -> None:
-        self._others.failures = 0
         if len(members) > 1:  # one peer alone sends nothing
-            self._exchange_seconds = exchanged.seconds
+            self._exchange_seconds, self._has_exchanged = exchanged.seconds, True
+            self._others.exchanged()
+        self._others.failures = 0
 
     def _keep(self, write: Callable[[], None]) -> None:
         """Writes files for others; a disk that is full is no reason to stop training."""
@@ -331,13 +341,14 @@ class Peer:
             logger.warning(f"the {self.facts(work).committed:,} samples that this peer has trained alone do not count")
         had_work = bool(work.steps)
         own_hash = self.state.hash
-        contributed, seconds = catch_up(self.files, self._meeting, ready, self._gives_up)
-        self._update_seconds = max(seconds, self._update_seconds)
-        if self.state.hash == own_hash:  # nothing was fetched
+        found = catch_up(self.files, self._meeting, ready, self._gives_up)
+        self._update_seconds = max(found.update_seconds, self._update_seconds)
+        if self.state.hash == own_hash and not found.was_dropped:  # nothing was fetched
             if self.config.sync_every == 1:
-                self._pause()  # the others wait for each peer that lacks the state
+                self._pause(PAUSE_SECONDS)  # the others wait for each peer that lacks the state
             return None
-        lost = 0 if contributed or not had_work else work.targets
+        self._others.failures = 0
+        lost = 0 if found.contributed or not had_work else work.targets
         if lost:
             self._report("late", round=before + 1, tokens_lost=lost)
         self._others.check_bits(before, source)
@@ -345,9 +356,9 @@ class Peer:
             self._report("healed", round=self.state.round, from_round=before, source=source.name, tokens_lost=lost)
         return lost
 
-    def _pause(self) -> None:
+    def _pause(self, seconds: float) -> None:
         """Lets the others train for a while."""
         self.leave()
-        until = time.monotonic() + PAUSE_SECONDS
+        until = time.monotonic() + seconds
         while time.monotonic() < until and not self._gives_up():
             time.sleep(RETRY_SECONDS)

@@ -24,6 +24,7 @@ class PeerFacts:
         committed: samples that its state contains.
         failures: exchanges of this round that have failed.
         unreachable: identifiers of members to which it could not connect after exchanges had failed.
+        has_exchanged: whether it has exchanged with another peer since its start.
         is_leaving: whether it was asked to stop: it computes nothing in the next round.
         is_complete: whether its run is complete.
         wanted: how many peers it wants to be there before a round begins that nobody has begun yet.
@@ -51,6 +52,7 @@ class PeerFacts:
     committed: int = 0
     failures: int = 0
     unreachable: list = field(default_factory=list)
+    has_exchanged: bool = False
     is_leaving: bool = False
     is_complete: bool = False
     wanted: int = 1

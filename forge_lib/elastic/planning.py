@@ -8,7 +8,7 @@ from forge_lib.elastic.peer_facts import Member
 from forge_lib.elastic.work import Work
 from forge_lib.peers_config import ElasticConfig
 
-UPDATE_SECONDS_DECAY = 0.95  # per round, of what a peer that catches up has measured
+UPDATE_SECONDS_DECAY = 0.9  # per round, of what a peer that catches up has measured: it downloads meanwhile
 
 
 def plan_work(

@@ -316,6 +316,8 @@ class Rounds:
         if not self._is_asked_to_stop():
             return False
         work, grace = self._work, self.config.grace_seconds / 4
+        if self.config.sync_every == 1:  # the others are told first
+            return not work.steps or work.busy_seconds > grace
         remaining = work.planned_seconds - work.busy_seconds
         return not work.steps or not work.planned_seconds or not -grace < remaining < grace
 

@@ -20,6 +20,7 @@ from forge_lib import disk
 from forge_lib.checkpoints.format import optimizer_tensors, to_json
 from forge_lib.checkpoints.restore import load_states
 from forge_lib.distributed.transfer_files import list_files
+from forge_lib.elastic.ledger import Ledger
 from forge_lib.elastic.shared_state import Commit, SharedState
 from forge_lib.elastic.sharing import Shared
 from forge_lib.errors import UserError
@@ -36,6 +37,11 @@ UPDATE_ERRORS = (ValueError, KeyError, TypeError, SafetensorError)  # of a file 
 def update_name(round: int) -> str:
     """Returns the name of the file with the update of a round."""
     return f"{round:08d}.safetensors"
+
+
+def _ranges(description: dict) -> dict:
+    """Returns the committed samples in the description of a state, as arguments of a Ledger."""
+    return {name: description["ledger"][name] for name in ("first_open", "committed")}
 
 
 class StateFiles:
@@ -158,9 +164,12 @@ class StateFiles:
             return
         try:
             description = json.loads((snapshots[-1] / "state.json").read_bytes())
-            if description["identity"] != self._identity:
+            if description.get("identity") != self._identity:
                 logger.warning(f"{snapshots[-1]} belongs to another run: it is removed")
                 disk.remove(snapshots[-1])
+                return
+            if Ledger(0, **_ranges(description)).num_committed <= self.state.ledger.num_committed:
+                disk.remove(snapshots[-1])  # the checkpoint has more: it is of train.py
                 return
             is_right = self._read_snapshot(snapshots[-1], description)
         except (OSError, ValueError, KeyError, SafetensorError) as error:

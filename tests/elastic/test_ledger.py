@@ -82,3 +82,4 @@ def test_a_round_lasts_until_a_peer_that_catches_up_can_have_some_updates():
         steps = plan_round([0.1] * num_peers, 0.01, sync_every, update_seconds=5.0).steps
         assert steps == [200] * num_peers
     assert plan_round([0.1], 0.0, 300, update_seconds=5.0).steps == [300]
+    assert plan_round([0.1], 0.0, 0, update_seconds=1e6).steps == [6000], "but at most ten minutes"
