@@ -107,6 +107,15 @@ def test_the_turkish_readme_has_the_sections_and_the_commands_of_the_english_one
     assert turkish == english
 
 
+def test_the_turkish_comparison_has_the_sections_and_the_sources_of_the_english_one():
+    assert headings("docs/comparison.tr.md") == headings("docs/comparison.md")
+    english, turkish = (
+        re.findall(r"\]\((https:[^)]+)\)", (ROOT / "docs" / name).read_text())
+        for name in ("comparison.md", "comparison.tr.md")
+    )
+    assert turkish == english and len(english) > 30
+
+
 def test_each_page_can_be_read_in_one_sitting():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 220
     for page in (ROOT / "docs").glob("*.md"):
