@@ -1,14 +1,11 @@
 """ProgressBar of slow work: one bar on a terminal, and plain lines with the time left elsewhere."""
 
-import logging
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
-
-logger = logging.getLogger("forge")
 
 LINE_SECONDS = 10.0  # between two lines, and before the first one
 
@@ -44,7 +41,7 @@ class ProgressBar:
         now = time.monotonic()
         if self._enabled and not self._is_terminal and now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            logger.info(self.line(now - self._start))
+            print(self.line(now - self._start), file=sys.stderr, flush=True)
 
     def line(self, seconds: float) -> str:
         """Returns the progress after some seconds as a line."""

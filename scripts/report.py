@@ -14,6 +14,7 @@ from pathlib import Path
 
 from forge_lib.config import flag
 from forge_lib.distributed.reporting import report_errors
+from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
 from forge_lib.report.history import read_history
 from forge_lib.report.page import write_report
@@ -37,6 +38,8 @@ def main(config: ReportConfig) -> None:
     Raises:
         UserError: a folder is not that of a run, or a file cannot be written.
     """
+    if config.png and config.output:
+        raise UserError("--png writes only the plot, so --output has no effect: leave one of them out")
     folders = [Path(run).expanduser() for run in config.runs]
     if config.png:
         path = Path(config.png).expanduser()

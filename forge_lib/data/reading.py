@@ -42,7 +42,10 @@ class Reader:
 
     def __iter__(self) -> Iterator[Piece]:
         if not self._source.files:
-            yield from self._split_records(_read_hub(self._config))
+            with ProgressBar("tokenizing", 0, "piece") as bar:
+                for piece in self._split_records(_read_hub(self._config)):
+                    bar.add()
+                    yield piece
             return
         num_bytes, done = self._source.num_bytes, 0
         with ProgressBar("tokenizing", num_bytes, "B") as bar:

@@ -4,6 +4,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from forge_lib.progress import format_seconds
+
 CALL_SECONDS = 0.25  # between two calls of the callback
 LINE_SECONDS = 5.0  # between two lines on stderr
 
@@ -50,8 +52,10 @@ class ProgressMeter:
         if now - self._last_call < CALL_SECONDS:
             return
         self._last_call = now
-        rate = format_bytes(self._transferred / (now - self._start))
-        text = f"{self._what}: {100 * self._done // self._total} % of {format_bytes(self._total)}, {rate}/s"
+        speed = self._transferred / (now - self._start)
+        left = format_seconds((self._total - self._done) / speed)
+        text = f"{self._what}: {100 * self._done // self._total} % of {format_bytes(self._total)}"
+        text += f", {format_bytes(speed)}/s, {left} left"
         self._progress(text)
         if now - self._last_line >= LINE_SECONDS:
             self._print(text)

@@ -113,13 +113,15 @@ class RoundLog:
         self._run.log.write(**row)
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         self._run.trackers.log(numbers | {"num_machines": len(participants)}, step)
+        postfix = {"loss": f"{row['loss']:.4f}", "tokens_per_second": f"{row['tokens_per_second']:,.0f}"}
+        self._run.step_log.postfix = postfix
         steps = ", ".join(f"{each['peer']} {each['steps']}" for each in participants)
         logger.info(
             f"round {commit.round + 1}  step {step}/{self._run.inputs.plan.num_steps}  loss {row['loss']:.4f}  "
             f"lr {learning_rate:.2e}  {row['tokens_per_second']:,.0f} tokens/s  steps: "
             f"{steps}  {seconds:.1f} s = "
             f"{self._compute_seconds:.1f} compute + {own_wait:.1f} wait + {self._sync_seconds:.1f} exchange  "
-            f"{self._num_bytes / 1e6:.2f} MB  utilization {row['utilization']:.0%}"
+            f"{self._num_bytes / 1e6:.2f} MB  utilization {row['utilization']:.0%}{self._run.step_log.time_left(step)}"
         )
         self._samples, self._num_bytes, self._sync_seconds, self._compute_seconds = [], 0, 0.0, 0.0
 

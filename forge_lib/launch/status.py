@@ -18,7 +18,7 @@ from forge_lib.errors import UserError, exit_code
 from forge_lib.launch.messages import PROGRAM, print_message
 from forge_lib.progress import format_seconds
 from forge_lib.report.history import History, read_tail
-from forge_lib.report.texts import describe_status
+from forge_lib.report.texts import describe_status, holders
 
 SSH_SECONDS = 20.0
 NUM_ROWS = 20  # the newest ones, whose pace gives the time left
@@ -59,6 +59,8 @@ def main(words: list[str]) -> None:
     flags = status_parser().parse_args(words)
     try:
         folder = Path(flags.run).expanduser()
+        if flags.cluster and flags.json:
+            raise UserError("--json and --cluster do not go together: use --json on each machine")
         if flags.cluster:
             print_machines(read_cluster(Path(flags.cluster).expanduser()), flags.run)
         elif flags.json:
@@ -80,7 +82,8 @@ def read_status(folder: Path) -> Status:
     trainer, launcher = find_holder(folder / LOCK_NAME), find_holder(folder / LAUNCHER_LOCK_NAME)
     history = _read_history(folder, has_more=bool(checkpoints or trainer or launcher or (folder / LOCK_NAME).exists()))
     is_main = bool(history and history.description)
-    step = trainer.step if trainer else history.last_step if history else 0
+    last_step = history.last_step if history else 0
+    step = trainer.step if trainer and not (trainer.waiting_for and not trainer.step) else last_step
     facts = []
     if trainer:
         state = f"waiting: {trainer.waiting_for}" if trainer.waiting_for else "training"
@@ -91,7 +94,7 @@ def read_status(folder: Path) -> Status:
     else:
         state = f"not active; {_ending(history)}" if is_main else "not active"
     if is_main:
-        facts += _progress(history, step, is_active=bool(trainer) and not trainer.waiting_for)
+        facts += _progress(history, step, trainer.since if trainer and not trainer.waiting_for else None)
     if checkpoints:
         facts.append(("last checkpoint", f"{checkpoints[-1]}{_holders(history, checkpoints[-1])}"))
     if history and history.events:
@@ -118,7 +121,8 @@ def _ending(history: History) -> str:
     return phrase
 
 
-def _progress(history: History, step: int, is_active: bool) -> list[tuple[str, str]]:
+def _progress(history: History, step: int, since: float | None) -> list[tuple[str, str]]:
+    """Returns the lines about machines, steps and losses; `since`: when it was started, None if it does not train."""
     facts = []
     hosts: dict[str, int] = {}
     for process in history.description.get("world", []):
@@ -129,8 +133,8 @@ def _progress(history: History, step: int, is_active: bool) -> list[tuple[str, s
         )
     whole = history.num_steps
     facts.append(("step", f"{step:,} of {whole:,} ({step / whole:.0%})" if whole else f"{step:,}"))
-    seconds = _seconds_per_step(history)
-    if is_active and whole and seconds:
+    seconds = _seconds_per_step(history, since) if since is not None else 0.0
+    if whole and seconds:
         facts.append(("time left", format_seconds((whole - step) * seconds)))
     if (loss := history.last("loss")) is not None:
         facts.append(("loss", f"{loss:.4f} at step {history.last('step'):,.0f}"))
@@ -142,9 +146,10 @@ def _progress(history: History, step: int, is_active: bool) -> list[tuple[str, s
     return facts
 
 
-def _seconds_per_step(history: History) -> float:
-    """Returns the pace of the newest rows, with evaluations and saves; 0: not known."""
+def _seconds_per_step(history: History, since: float) -> float:
+    """Returns the pace of the newest rows of this start, with evaluations and saves; 0: not known."""
     steps, times = history.columns["step"][-NUM_ROWS:], history.columns["time"][-NUM_ROWS:]
+    steps, times = steps[times >= since], times[times >= since]
     if len(steps) > 1 and times[-1] > times[0] and steps[-1] > steps[0]:
         return float((times[-1] - times[0]) / (steps[-1] - steps[0]))
     return history.last("step_seconds") or 0.0
@@ -152,8 +157,8 @@ def _seconds_per_step(history: History) -> float:
 
 def _holders(history: History | None, name: str) -> str:
     for event in reversed(history.events_named("checkpoint")) if history else ():
-        if Path(str(event.get("path"))).name == name and event.get("hosts"):
-            return f", on {', '.join(map(str, event['hosts']))}"
+        if Path(str(event.get("path"))).name == name and (hosts := holders(history, event)):
+            return f", on {', '.join(hosts)}"
     return ""
 
 
@@ -182,7 +187,10 @@ def print_machines(cluster: Cluster, run: str) -> None:
     }  # fmt: skip
     end = time.monotonic() + SSH_SECONDS
     if own:
-        print(as_text(read_status(Path(run).expanduser())))
+        try:
+            print(as_text(read_status(Path(run).expanduser())))
+        except UserError as error:  # the others may have it
+            print(f"{own.name}\nstate  not known: {error}")
     for machine, process in asked.items():
         print(f"\n{machine.name}")
         try:

@@ -7,29 +7,33 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from forge_lib.report.history import History
+from forge_lib.report.page import command_of
+
 TEMPLATE = "card.md.jinja"
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # of a model; a local folder is not named on the card
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+FILE_ENDINGS = (".txt", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".gguf")
 PLOT_NAME = "loss.png"
 
 
-def make_card(name: str, description: dict[str, Any], figures: dict[str, Any], command: str, has_plot: bool) -> str:
+def make_card(place: str, history: History, figures: dict[str, Any], has_plot: bool) -> str:
     """Returns the text of a model card.
 
     Args:
-        name: of the model.
-        description: the content of run.json.
+        place: of the model: its name on the Hub, or its folder.
+        history: of the run.
         figures: of the last evaluation, and `steps`, `tokens`, `loss`.
-        command: that trains such a model.
         has_plot: whether loss.png is beside the card.
     """
-    config, run = description["config"], description["run"]
-    base = config["model_name"]
-    is_hub_model = bool(HUB_NAME.fullmatch(base)) and not Path(base).exists()
+    description, config = history.description, history.config
+    run, base = description["run"], config["model_name"]
+    is_hub_model = _is_hub_name(base)
+    name = Path(place).parent.name if Path(place).name == "final" else place.rpartition("/")[2]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base if is_hub_model and not config["from_scratch"] else None,
-        datasets=[config["dataset_path"]] if _is_hub_dataset(config["dataset_path"]) else None,
+        datasets=[config["dataset_path"]] if _is_hub_name(config["dataset_path"]) else None,
         tags=["p2p-llm-forge"],
         model_name=name,
         eval_results=_eval_results(config, figures),
@@ -37,6 +41,7 @@ def make_card(name: str, description: dict[str, Any], figures: dict[str, Any], c
     world = description["world"]
     facts = {
         "name": name,
+        "place": place,
         "base": base if is_hub_model else Path(base).name,
         "is_from_scratch": config["from_scratch"],
         "dataset": Path(config["dataset_path"]).name or config["dataset_path"],
@@ -45,8 +50,8 @@ def make_card(name: str, description: dict[str, Any], figures: dict[str, Any], c
         "config": config,
         "batches": description["batches"],
         "figures": {key.replace("_", " "): _rounded(value) for key, value in figures.items()},
-        "command": command,
-        "machines": _machines(world),
+        "command": command_of(history),
+        "machines": _machines(history),
         "versions": world[0].get("versions", {}) if world else {},
         "precision": description.get("mixed_precision"),
         "has_plot": has_plot,
@@ -69,14 +74,19 @@ def _eval_results(config: dict, figures: dict) -> list[EvalResult] | None:
     ]
 
 
-def _is_hub_dataset(path: str) -> bool:
-    return bool(HUB_NAME.fullmatch(path)) and not Path(path).exists()
+def _is_hub_name(name: str) -> bool:
+    """Returns whether a model or dataset is on the Hub, rather than a file or folder of any machine."""
+    is_file = any(ending in Path(name).suffixes for ending in FILE_ENDINGS)
+    return bool(HUB_NAME.fullmatch(name)) and not is_file and not Path(name).expanduser().exists()
 
 
-def _machines(world: list[dict]) -> list[str]:
-    """Returns a phrase for each machine: how many processes, on which device."""
+def _machines(history: History) -> list[str]:
+    """Returns a phrase for each machine: how many processes, on which device; peers of train_elastic.py by name."""
+    if history.rounds:
+        peers = dict.fromkeys(str(each.get("peer")) for row in history.rounds for each in row["participants"])
+        return [f"{len(peers)} peers: {', '.join(peers)}"]
     found: dict[tuple, int] = {}
-    for process in world:
+    for process in history.description["world"]:
         key = (process.get("host"), process.get("device_name"))
         found[key] = found.get(key, 0) + 1
     return [f"{count} process{'es' if count > 1 else ''} on {device}" for (_, device), count in found.items()]

@@ -17,7 +17,8 @@ COLUMNS = (
     "data_seconds", "compute_seconds", "sync_seconds", "bytes_sent", "mfu", "peak_memory_bytes",
     "round", "round_seconds", "wait_seconds", "utilization", "tokens_lost",
 )  # fmt: skip
-TAIL_BYTES = 1 << 16  # of metrics.jsonl, for the newest rows of a long run
+CHUNK_LINES = 1000  # a chunk with a line that pyarrow cannot read is divided down to this size
+TAIL_BYTES = 1 << 20  # of metrics.jsonl, for the newest rows of a long run
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class History:
             resumed run has computed again are there once, as computed last.
         evaluations: evaluation rows, as they were written last, in the order of their steps.
         events: all of them, in the order in which they were written.
+        is_undone: [number of events] whether a later row has an earlier step: a resumed run has repeated that part.
         rounds: training rows of train_elastic.py, with all they have.
         description: run.json; empty if it is missing.
         num_unreadable: lines that are not JSON objects, such as the last one of a run that was killed.
@@ -39,6 +41,7 @@ class History:
     columns: dict[str, np.ndarray]
     evaluations: list[dict] = field(default_factory=list)
     events: list[dict] = field(default_factory=list)
+    is_undone: list[bool] = field(default_factory=list)
     rounds: list[dict] = field(default_factory=list)
     description: dict = field(default_factory=dict)
     num_unreadable: int = 0
@@ -58,8 +61,9 @@ class History:
 
     @property
     def last_step(self) -> int:
-        """The newest step that any row names; 0: none."""
-        steps = [row["step"] for row in (*self.evaluations, *self.events) if _is_number(row.get("step"))]
+        """The newest step that the run has made and not repeated since; 0: none."""
+        rows = [*self.evaluations, *self.events_named(is_undone=False)]
+        steps = [row["step"] for row in rows if _is_number(row.get("step"))]
         return int(max([*steps, self.columns["step"][-1] if len(self) else 0]))
 
     @property
@@ -73,9 +77,15 @@ class History:
         known = values[~np.isnan(values)]
         return float(known[-1]) if len(known) else None
 
-    def events_named(self, *names: str) -> list[dict]:
-        """Returns the events of these kinds."""
-        return [each for each in self.events if each["event"] in names]
+    def events_named(self, *names: str, is_undone: bool | None = None) -> list[dict]:
+        """Returns the events of these kinds, or of all without a name.
+
+        Args:
+            names: of the kinds.
+            is_undone: False: without those of a part that was repeated later; None: all.
+        """
+        found = [each for each, undone in zip(self.events, self.is_undone, strict=True) if is_undone in (None, undone)]
+        return [each for each in found if not names or each["event"] in names]
 
 
 def read_history(folder: Path) -> History:
@@ -150,41 +160,46 @@ def _parse(folder: Path, lines: Sequence[bytes], description: dict) -> History:
         order = np.argsort(places, kind="stable")
         table, places = {name: values[order] for name, values in table.items()}, places[order]
     events = [(place, row) for place, row in rows if isinstance(row.get("event"), str)]
-    resumes = [
-        (place, row["step"]) for place, row in events if row["event"] == "resume" and _is_number(row.get("step"))
-    ]
-    kept = _newest(table["step"], places, resumes)
+    kept = _not_repeated(table["step"], places, table["step"], places)
     evaluated = [
         (place, row) for place, row in rows if _is_number(row.get("eval_loss")) and _is_number(row.get("step"))
     ]
-    kept_evaluations = _newest(
-        np.array([row["step"] for _, row in evaluated], float), np.array([place for place, _ in evaluated]), resumes
-    )
+    steps, lines_of = _steps_and_places(evaluated)
+    counts = _not_repeated(steps, lines_of, steps, lines_of) & _not_repeated(steps, lines_of, table["step"], places)
+    event_steps, event_places = _steps_and_places(events)
+    undone = ~_not_repeated(event_steps, event_places, table["step"], places)
     return History(
         folder=folder,
         columns={name: values[kept] for name, values in table.items()},
-        evaluations=[evaluated[index][1] for index in kept_evaluations],
+        evaluations=[row for (_, row), count in zip(evaluated, counts, strict=True) if count],
         events=[row for _, row in events],
+        is_undone=undone.tolist(),
         rounds=[row for _, row in rounds],
         description=description,
         num_unreadable=num_unreadable,
     )
 
 
-def _newest(steps: np.ndarray, places: np.ndarray, resumes: list[tuple[int, int]]) -> np.ndarray:
-    """Returns the indices of the rows that count, in the order of their steps.
+def _not_repeated(
+    steps: np.ndarray, places: np.ndarray, other_steps: np.ndarray, other_places: np.ndarray
+) -> np.ndarray:
+    """Returns which rows count: [n] bool, False if a later one of the other rows has the same step or an earlier one.
+
+    A run that is resumed goes back to its checkpoint, or to the beginning, and repeats the steps since then.
 
     Args:
-        steps: [n] of each row.
-        places: [n] line of each row.
-        resumes: (line, step) of each resume event: rows before it with a later step were computed again after it.
+        steps, places: [n] step and line of each row.
+        other_steps, other_places: [m] of the other rows, in the order of their lines; they may be the same.
     """
-    counts = ~np.isnan(steps)
-    for place, step in resumes:
-        counts &= (places > place) | (steps <= step)
-    indices = np.flatnonzero(counts)
-    _, last = np.unique(steps[indices][::-1], return_index=True)  # of a step that is there twice, the later row
-    return indices[len(indices) - 1 - last]
+    lowest = np.minimum.accumulate(np.nan_to_num(other_steps, nan=np.inf)[::-1])[::-1]  # from each line to the end
+    after = np.searchsorted(other_places, places, side="right")
+    lowest = np.append(lowest, np.inf)[after]
+    return np.isfinite(steps) & (steps < lowest) if len(steps) else np.zeros(0, bool)
+
+
+def _steps_and_places(rows: list[tuple[int, dict]]) -> tuple[np.ndarray, np.ndarray]:
+    steps = [row["step"] if _is_number(row.get("step")) else 0 for _, row in rows]
+    return np.array(steps, float), np.array([place for place, _ in rows], np.int64)
 
 
 def _parse_training(lines: Sequence[bytes]) -> tuple[dict[str, np.ndarray], list[int]]:
@@ -196,13 +211,23 @@ def _parse_training(lines: Sequence[bytes]) -> tuple[dict[str, np.ndarray], list
 
     schema = pyarrow.schema([(name, pyarrow.float64()) for name in COLUMNS])
     options = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    try:
-        table = arrow_json.read_json(pyarrow.py_buffer(b"\n".join(lines)), parse_options=options)
-    except pyarrow.ArrowInvalid:  # a line that was cut off, or a value of another type
-        parsed = [_parse_line(line) for line in lines]
-        good = [row for row in parsed if row is not None]
-        return _to_columns(good), [index for index, row in enumerate(parsed) if row is None]
-    return {name: table[name].to_numpy() for name in COLUMNS}, []
+    parts, wrong = [], []
+    chunks = [(0, lines)]
+    while chunks:
+        start, chunk = chunks.pop()
+        try:
+            table = arrow_json.read_json(pyarrow.py_buffer(b"\n".join(chunk)), parse_options=options)
+            parts.append((start, {name: table[name].to_numpy() for name in COLUMNS}))
+        except pyarrow.ArrowInvalid:  # a line that was cut off, or a value of another type
+            if len(chunk) > CHUNK_LINES:
+                step = max(CHUNK_LINES, len(chunk) // 16)
+                chunks += [(start + at, chunk[at : at + step]) for at in range(0, len(chunk), step)]
+                continue
+            parsed = [_parse_line(line) for line in chunk]
+            parts.append((start, _to_columns([row for row in parsed if row is not None])))
+            wrong += [start + index for index, row in enumerate(parsed) if row is None]
+    parts.sort(key=lambda part: part[0])
+    return {name: np.concatenate([columns[name] for _, columns in parts]) for name in COLUMNS}, sorted(wrong)
 
 
 def _to_columns(rows: list[dict]) -> dict[str, np.ndarray]:

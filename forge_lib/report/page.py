@@ -12,10 +12,11 @@ import jinja2
 from forge_lib.config import TrainConfig, flag_name
 from forge_lib.disk import partial_path
 from forge_lib.errors import UserError
+from forge_lib.peers_config import ElasticConfig
 from forge_lib.progress import format_seconds
 from forge_lib.report.history import METRICS, History, read_history
 from forge_lib.report.plots import draw_plots
-from forge_lib.report.texts import describe_status, short_number
+from forge_lib.report.texts import describe_status, holders, run_names, short_number
 
 TEMPLATE = "report.html.jinja"
 MAX_ROWS = 200  # of a table; the newest ones
@@ -42,9 +43,11 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         title=", ".join(history.folder.resolve().name for history in histories),
         written=_date(datetime.now(timezone.utc).timestamp()),
         plots=draw_plots(histories),
-        runs=[describe(history) for history in histories],
+        runs=[
+            describe(history) | {"name": name} for history, name in zip(histories, run_names(histories), strict=True)
+        ],
         differences=find_differences(histories),
-        names=[history.folder.name for history in histories],
+        names=run_names(histories),
     )
     try:
         partial_path(path).write_text(page, encoding="utf-8")
@@ -63,7 +66,8 @@ def describe(history: History) -> dict[str, Any]:
         "flags": _flags(history.config),
         "batches": _batches(history),
         "machines": _machines(history),
-        "checkpoints": _checkpoints(history),
+        "checkpoints": _checkpoints(history)[-MAX_ROWS:],
+        "num_checkpoints": len(_checkpoints(history)),
         "samples": _samples(history),
         "events": _events(history),
         "num_unreadable": history.num_unreadable,
@@ -100,7 +104,8 @@ def command_of(history: History) -> str:
     """Returns the command that starts such a run: the flags that are not at their default."""
     config = history.config
     script = "train_elastic.py" if "lighthouse" in config else "train.py"
-    defaults = {each.name: each.default for each in dataclasses.fields(TrainConfig)}
+    kind = ElasticConfig if "lighthouse" in config else TrainConfig
+    defaults = {each.name: each.default for each in dataclasses.fields(kind)}
     words = [f"scripts/{script}"]
     for name, value in config.items():
         if name in defaults and value != defaults[name] and value != "" and name != "device":
@@ -145,15 +150,15 @@ def _checkpoints(history: History) -> list[list[str]]:
     return [
         [
             f"{row.get('step', '')}", str(row.get("path", "")), f"{row.get('seconds') or 0:.1f}",
-            ", ".join(row.get("hosts", [])),
+            ", ".join(holders(history, row)),
         ]
-        for row in history.events_named("checkpoint")[-MAX_ROWS:]
+        for row in history.events_named("checkpoint", is_undone=False)
     ]  # fmt: skip
 
 
 def _samples(history: History) -> list[tuple[str, str, str]]:
     """Returns step, loss and text of the samples; of many, the first, the last, and some evenly between them."""
-    samples = history.events_named("sample")
+    samples = history.events_named("sample", is_undone=False)
     if len(samples) > MAX_SAMPLES:
         samples = [samples[round(n * (len(samples) - 1) / (MAX_SAMPLES - 1))] for n in range(MAX_SAMPLES)]
     steps, losses = history.columns["step"], history.columns["loss"]
@@ -167,8 +172,11 @@ def _samples(history: History) -> list[tuple[str, str, str]]:
 
 def _events(history: History) -> list[tuple[str, str, str, str]]:
     """Returns time, step, kind and details of the other events, the newest ones."""
+    rows = [row for row in history.events if row["event"] not in UNUSUAL]
     found = []
-    for row in [row for row in history.events if row["event"] not in UNUSUAL][-MAX_ROWS:]:
+    if len(rows) > MAX_ROWS:
+        found.append(("", "", "", f"{len(rows) - MAX_ROWS:,} earlier events are left out; {METRICS} has them"))
+    for row in rows[-MAX_ROWS:]:
         details = {name: value for name, value in row.items() if name not in ("step", "event", "time")}
         text = "; ".join(f"{name.replace('_', ' ')}: {_text(value)}" for name, value in details.items())
         time = row.get("time")

@@ -11,6 +11,7 @@ import numpy as np
 
 from forge_lib.errors import UserError
 from forge_lib.report.history import History
+from forge_lib.report.texts import run_names
 from forge_lib.report.thinning import smooth, thin
 from forge_lib.report.timeline import Timeline, make_timeline
 
@@ -38,7 +39,7 @@ def draw_plots(histories: Sequence[History]) -> list[Plot]:
     Raises:
         UserError: matplotlib is not installed.
     """
-    several = len(histories) > 1
+    several, names = len(histories) > 1, run_names(histories)
     made = [
         _plot("Loss", "Nats per token; dots: on the held-out text.", lambda axes: draw_loss(axes, histories)),
         *(
@@ -52,8 +53,8 @@ def draw_plots(histories: Sequence[History]) -> list[Plot]:
             if any(history.last(name) for history in histories)
         ),
     ]
-    for history in histories:
-        name = f" ({history.folder.name})" if several else ""
+    for history, name in zip(histories, names, strict=True):
+        name = f" ({name})" if several else ""
         if len(history):
             caption = "Seconds of a step" if not history.rounds else "Seconds of a round"
             made.append(
@@ -94,8 +95,9 @@ def draw_loss(axes: Any, histories: Sequence[History]) -> None:
         histories: of the runs.
     """
     has_curve = False
-    for index, history in enumerate(histories):
-        color, name = SERIES[index % len(SERIES)], history.folder.name if len(histories) > 1 else "loss"
+    names = list(map(_label, run_names(histories))) if len(histories) > 1 else ["loss"]
+    for index, (history, name) in enumerate(zip(histories, names, strict=True)):
+        color = SERIES[index % len(SERIES)]
         steps, losses = _known(history, "loss")
         if len(losses):
             rough = len(losses) > 40
@@ -121,7 +123,7 @@ def _draw_column(axes: Any, histories: Sequence[History], name: str, is_logarith
     scale = 1e-9 if name.endswith("_bytes") else 1.0
     for index, history in enumerate(histories):
         steps, values = _known(history, name)
-        label = history.folder.name if len(histories) > 1 else None
+        label = _label(run_names(histories)[index]) if len(histories) > 1 else None
         axes.plot(*thin(steps, values * scale), color=SERIES[index % len(SERIES)], linewidth=1.2, label=label)
     axes.set_xlabel("step")
     if is_logarithmic and all((_known(history, name)[1] > 0).all() for history in histories):
@@ -161,12 +163,17 @@ def _draw_machines(axes: Any, timeline: Timeline) -> None:
         axes.plot(mark.place, row, marker="v", color=MARK_COLORS.get(mark.kind, SERIES[2]), markersize=5)
     for kind in dict.fromkeys(mark.kind for mark in timeline.marks):
         axes.plot([], [], "v", color=MARK_COLORS.get(kind, SERIES[2]), markersize=5, label=kind)
-    axes.set_yticks(range(len(machines)), [name[:24] for name in machines])
+    axes.set_yticks(range(len(machines)), [_label(name[:24]) for name in machines])
     axes.set_ylim(len(machines) - 0.1, -0.6)
     axes.set_xlabel("hours since the start" if timeline.unit == "hours" else "step")
     axes.grid(axis="y", visible=False)
     if timeline.marks:
         axes.figure.legend(frameon=False, labelcolor=TEXT, fontsize="small", ncols=4, loc="outside lower left")
+
+
+def _label(text: str) -> str:
+    """Returns a text as matplotlib shows it: without formulas, and also if it begins with an underscore."""
+    return f"\u200b{text}".replace("$", r"\$")
 
 
 def _known(history: History, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -94,11 +94,11 @@ def _spans_of_rounds(history: History, clock: Clock) -> list[Span]:
         stop = clock.place(row)
         if stop is None:
             continue
-        seconds = row.get("round_seconds") or 0.0
-        start = before if before is not None else stop - (seconds / SECONDS_PER_HOUR if clock.unit == "hours" else 0)
+        length = (row.get("round_seconds") or 0.0) / SECONDS_PER_HOUR if clock.unit == "hours" else 0.0
+        start = stop - length if before is None else max(before, stop - 1.5 * length if length else before)
         for each in row["participants"]:
             known = spans.setdefault(str(each.get("peer")), [])
-            if known and known[-1].stop >= start:
+            if known and known[-1].stop >= start - length:
                 known[-1] = Span(known[-1].machine, known[-1].start, max(stop, known[-1].stop))
             else:
                 known.append(Span(str(each.get("peer")), start, stop))

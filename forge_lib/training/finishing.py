@@ -1,8 +1,10 @@
-"""What a complete run writes at its end: the final model with its card, the report, and the upload to the Hub."""
+"""What a complete run writes at its end: the final model with its card, and the report."""
 
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,12 @@ import transformers
 from torch import nn
 
 from forge_lib.config import TrainConfig
-from forge_lib.errors import UserError
+from forge_lib.errors import first_line
 from forge_lib.models.final import save_final
 from forge_lib.report.card import PLOT_NAME, make_card
 from forge_lib.report.history import read_history
-from forge_lib.report.page import command_of, write_report
+from forge_lib.report.page import write_report
 from forge_lib.report.plots import write_png
-from forge_lib.training.hub import push_to_hub
 
 logger = logging.getLogger("forge")
 
@@ -30,7 +31,9 @@ def write_results(
     folder: Path,
     results: dict[str, Any],
 ) -> Path:
-    """Writes final/ and report.html into a run folder, and uploads the model if so configured. Main process only.
+    """Writes final/ and report.html into a run folder. Main process only.
+
+    Whatever fails beside the weights, such as a plot, is a warning: a training of days must not end without its model.
 
     Args:
         config: every flag.
@@ -42,32 +45,41 @@ def write_results(
     Returns:
         The folder of the final model.
     """
-    final, history = folder / "final", read_history(folder)
-    figures = results | {name: value for name in ("loss", "tokens") if (value := history.last(name)) is not None}
+    final = folder / "final"
 
     def add_files(partial: Path) -> None:
-        if config.write_report:
-            try:
-                write_png([history], partial / PLOT_NAME)
-            except UserError as error:  # matplotlib is not installed
-                logger.info(f"the model card has no plot: {error}")
-        name = (config.push_to_hub or folder.resolve().name).rpartition("/")[2]
-        has_plot = (partial / PLOT_NAME).exists()
-        card = make_card(name, history.description, figures, command_of(history), has_plot)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        facts = {"figures": figures, "configuration": dataclasses.asdict(config)}
+        facts = {"figures": results, "configuration": dataclasses.asdict(config)}
         (partial / "training.json").write_text(
             json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+        with _warning("the model card"):
+            _write_card(config, folder, partial, results)
 
     save_final(model, tokenizer, final, add_files)
     logger.info(f"done: the model is in {final}, the metrics are in {folder / 'metrics.jsonl'}")
     if config.write_report:
-        try:
+        with _warning("the report"):
             write_report([folder], folder / REPORT_NAME)
             logger.info(f"the report is {folder / REPORT_NAME}")
-        except UserError as error:
-            logger.info(f"there is no report: {error}")
-    if config.push_to_hub:
-        push_to_hub(final, config.push_to_hub)
     return final
+
+
+def _write_card(config: TrainConfig, folder: Path, partial: Path, results: dict[str, Any]) -> None:
+    """Writes README.md, and its plot, into the unfinished folder of the final model."""
+    history = read_history(folder)
+    if config.write_report:
+        with _warning("the plot of the model card"):
+            write_png([history], partial / PLOT_NAME)
+    figures = results | {name: value for name in ("loss", "tokens") if (value := history.last(name)) is not None}
+    place = config.push_to_hub or str(folder / "final")
+    card = make_card(place, history, figures, has_plot=(partial / PLOT_NAME).exists())
+    (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _warning(what: str) -> Iterator[None]:
+    """Turns any exception inside into a line of the log."""
+    try:
+        yield
+    except Exception as error:  # whatever the libraries behind it raise
+        logger.warning(f"{what} could not be written: {first_line(error)}")

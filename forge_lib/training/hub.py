@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from forge_lib.errors import UserError, first_line
@@ -32,7 +32,7 @@ def push_to_hub(folder: Path, name: str) -> None:
     try:
         repository = api.create_repo(name, exist_ok=True).repo_id
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload the model")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # of the Hub, its storage, or the network: several libraries, each with its own
         logger.error(f"--push-to-hub {name}: {first_line(error)}; repeat it with `hf upload {name} {folder} .`")
         return
     logger.info(f"the model is at {api.endpoint}/{repository}")

@@ -8,6 +8,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import ProfileKwargs
 
+from forge_lib.errors import first_line
+
 logger = logging.getLogger("forge")
 
 SKIPPED_STEPS = 3  # the first ones: they compile, and fill caches
@@ -25,7 +27,7 @@ class StepProfiler:
 
     def __init__(self, accelerator: Accelerator, folder: Path, num_steps: int):
         self._accelerator, self._folder, self._num_steps = accelerator, folder, num_steps
-        self._contexts, self._profiler = ExitStack(), None
+        self._contexts, self._profiler, self._is_written = ExitStack(), None, False
 
     def __enter__(self) -> "StepProfiler":
         if self._num_steps:
@@ -42,6 +44,10 @@ class StepProfiler:
 
     def __exit__(self, *error: Any) -> None:
         self._contexts.__exit__(*error)
+        if self._num_steps and not self._is_written:
+            logger.warning(
+                f"--profile-steps: no step was traced, because the run ended before; {SKIPPED_STEPS} steps come first"
+            )
 
     def step_done(self) -> None:
         """Call after each step."""
@@ -49,6 +55,13 @@ class StepProfiler:
             self._profiler.step()
 
     def _write(self, profiler: Any) -> None:
+        self._is_written = True
+        try:
+            self._write_files(profiler)
+        except (OSError, RuntimeError) as error:  # a disk that is full is no reason to stop training
+            logger.warning(f"the trace of --profile-steps cannot be written: {first_line(error)}")
+
+    def _write_files(self, profiler: Any) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"process-{self._accelerator.process_index}"
         trace, table = self._folder / f"{name}.json.gz", self._folder / f"{name}.txt"
@@ -57,4 +70,6 @@ class StepProfiler:
         order = f"self_{device}_time_total" if device in ("cpu", "cuda") else "self_cpu_time_total"
         text = profiler.key_averages().table(sort_by=order, row_limit=NUM_ROWS, max_name_column_width=40)
         table.write_text(text)
-        logger.info(f"profiled {self._num_steps} steps: {trace} (open it at ui.perfetto.dev) and {table}\n{text}")
+        logger.info(
+            f"profiled up to {self._num_steps} steps: {trace} (open it at ui.perfetto.dev) and {table}\n{text}"
+        )

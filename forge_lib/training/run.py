@@ -19,17 +19,18 @@ from forge_lib.data.blocks import EMPTY_BLOCK
 from forge_lib.distributed.agreement import check_world
 from forge_lib.distributed.lock import RunLock
 from forge_lib.distributed.peers import Peers
-from forge_lib.distributed.replicas import find_diverged, replica
 from forge_lib.distributed.timeouts import GroupTimeout
-from forge_lib.errors import DivergedError, PeerLostError, Stopped
+from forge_lib.errors import PeerLostError, Stopped
 from forge_lib.process import World, die_with_launcher
 from forge_lib.progress import progress_bar
 from forge_lib.training import log as messages
 from forge_lib.training.gradient_sync import settle_buckets
+from forge_lib.training.hub import push_to_hub
 from forge_lib.training.inputs import Inputs, load_inputs, log_start
 from forge_lib.training.nonfinite import NonFiniteSteps
 from forge_lib.training.periodic import Periodic
 from forge_lib.training.profiling import StepProfiler
+from forge_lib.training.replica_check import check_replicas
 from forge_lib.training.resume import resume
 from forge_lib.training.saving import Saving
 from forge_lib.training.session import Session, join
@@ -87,7 +88,7 @@ class Run:
         self.config, self.step, self.stopped_by = config, 0, ""
         self.extra_state: dict[str, dict] = {}
         self._contexts, self._progress = ExitStack(), ExitStack()
-        self._saving: Saving | None = None
+        self._saving, self._final = None, None  # the final model that is to be uploaded
         self._evaluated: tuple[int, dict] = (-1, {})  # the step and the results of the last evaluation
 
     def __enter__(self) -> "Run":
@@ -101,12 +102,15 @@ class Run:
             self._lock = contexts.enter_context(RunLock(Path(self.config.output_dir).expanduser()))
             contexts.callback(self._wait_for_save)
             self.world = world
+            contexts.push(self._progress)
             self._contexts = contexts.pop_all()
         return self
 
     def __exit__(self, *error) -> bool | None:
-        self._progress.close()
-        return self._contexts.__exit__(*error)
+        is_handled = self._contexts.__exit__(*error)
+        if self._final:  # here: it may take hours, and nobody waits for it
+            push_to_hub(self._final, self.config.push_to_hub)
+        return is_handled
 
     def saved_state(self, name: str) -> dict | None:
         """Returns what the checkpoint from which the run continues has of `extra_state`, or None."""
@@ -123,7 +127,7 @@ class Run:
         self._shares = divide_batch(self.config.batch_size, self.config.shares, self.world.num_processes)
         self.session = join(self.config, self.world, self.peers, self._lock)
         self.config = self.session.config  # with the values that were chosen
-        return self.session.accelerator_arguments() | {"log_with": choose_trackers(self.config.report_to) or None}
+        return self.session.accelerator_arguments() | {"log_with": choose_trackers(self.config, self.world) or None}
 
     def load_inputs(self, accelerator: Accelerator) -> Inputs:
         """Loads tokenizer, model and data, from another machine if this one lacks them.
@@ -172,10 +176,10 @@ class Run:
             scaler.load_state_dict(state["scaler"])
         self._optimizers, self._saved_optimizers = optimizers, [*optimizers, *also_save]
         self._nonfinite = NonFiniteSteps(self.config, self.accelerator, self.log)
-        memory = self._saving.memory
-        logs = (self.log, self.trackers)
+        logs, memory = (self.log, self.trackers), self._saving.memory
         self.step_log = StepLog(self.config, self.session, self.inputs, self.accelerator, logs, memory, model)
         self._set_step(state["step"] if state else 0)
+        self._lock.set_waiting("")
         self._periodic = Periodic(self.step, self.inputs.plan.num_steps)
         self._write_run_json()
         changed = changed_settings(self.session, state) if state else None
@@ -281,7 +285,8 @@ class Run:
         is_due = self._periodic.is_due(self.config.log_every)
         self.step_log.step_done(self.step, loss, grad_norm, learning_rate, is_due)
         if self.must_save() or self._periodic.is_due(self.config.check_replicas_every):
-            self._check_replicas()
+            self.peers.set_status("comparing its replica")
+            check_replicas(self.accelerator, self.inputs.model, self._optimizers, self.session, self.log, self.step)
 
     def advance(self, step: int, since: int | None = None) -> None:
         """Sets the number of completed steps; the work that became due since another one, or the last call, is due."""
@@ -337,13 +342,6 @@ class Run:
         yield
         self._timeout.paused(time.monotonic() - start)
 
-    def _check_replicas(self) -> None:
-        self.peers.set_status("comparing its replica")
-        tensors = replica(self.inputs.model, self._optimizers)
-        if diverged := find_diverged(self.accelerator, tensors, self.session.agreement):
-            self.log.write(step=self.step, event="diverged", message=diverged)
-            raise DivergedError(f"step {self.step}: {diverged}; its memory is faulty, or something has changed it")
-
     # After the loop
 
     def finish(self) -> Path:
@@ -365,13 +363,14 @@ class Run:
             from forge_lib.training.finishing import write_results  # matplotlib and others: slow to import
 
             results = {"steps": self.step, **self._evaluated[1]}
-            write_results(self.config, self.inputs.model, self.inputs.tokenizer, self.session.folder, results)
-        self.trackers.finish()  # it may be slow: the others wait at the barrier
+            final = write_results(self.config, self.inputs.model, self.inputs.tokenizer, self.session.folder, results)
+            self._final = final if self.config.push_to_hub else None
         self._saving.finish_running("saves")
         self.peers.barrier("end")
         if self.stopped_by:
             self.peers.release_launchers()
         self.stop_request.done()
+        self.trackers.finish()  # it may be slow
         # The last owners of DDP and of an all-reduce:
         self._optimizers = self._saved_optimizers = self.step_log = self._totals = None
         self.accelerator.free_memory()

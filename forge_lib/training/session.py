@@ -119,6 +119,7 @@ def join(config: TrainConfig, world: World, peers: Peers, lock: RunLock) -> Sess
     for is_main_turn in (True, False):
         if world.is_local_main and (world.process_index == 0) == is_main_turn:
             lock.acquire(agreement.processes[0].run_id)
+            lock.set_waiting("the model and the data")
         peers.barrier(f"locks, {'main machine' if is_main_turn else 'others'}")
     return Session(config, world, peers, lock, device, agreement)
 

@@ -127,12 +127,12 @@ class StepLog:
         self.postfix = {"loss": f"{loss:.4f}", "tokens_per_second": f"{tokens_per_second:,.0f}"}
         logger.info(
             f"step {step}/{plan.num_steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  "
-            f"lr {learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s{self._time_left(step)}"
+            f"lr {learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s{self.time_left(step)}"
         )
         if not self._throughput.peak_flops:
             self.measure_peak_flops()  # here: it would delay the first row
 
-    def _time_left(self, step: int) -> str:
+    def time_left(self, step: int) -> str:
         """Returns how long the run will take at its present pace, for the log; empty if that is not known yet."""
         if self._first_step < 0:
             self._started_at, self._first_step = time.monotonic(), step  # the first steps are slow

@@ -8,7 +8,9 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
+from forge_lib.config import TrainConfig
 from forge_lib.errors import UserError, first_line
+from forge_lib.process import World
 
 logger = logging.getLogger("forge")
 
@@ -16,24 +18,24 @@ PROJECT = "p2p-llm-forge"
 INSTALL = "pip install 'p2p-llm-forge[dashboard]' installs trackio and tensorboard"
 
 
-def choose_trackers(report_to: str) -> list[str]:
-    """Returns the names in `--report-to` whose packages are installed, and warns of the others.
+def choose_trackers(config: TrainConfig, world: World) -> list[str]:
+    """Returns the names in `--report-to` whose packages are installed; the main process warns of the others.
 
     Raises:
         UserError: there is no such tracker.
     """
-    if report_to == "none":
+    if config.report_to == "none":
         return []
     available, known = [str(each) for each in get_available_trackers()], [str(each) for each in LoggerType]
     chosen = []
-    for name in report_to.split(","):
+    for name in config.report_to.split(","):
         if name not in known:
             raise UserError(f"--report-to {name}: no such tracker; expected {', '.join(known)} or none")
-        if name == "all" or name in available:
-            chosen.append(name)
-        else:
+        if name in available or (name == "all" and available):
+            chosen += available if name == "all" else [name]
+        elif world.process_index == 0:
             logger.warning(f"--report-to {name}: its package is not installed, so nothing is sent to it; {INSTALL}")
-    return chosen if available else []
+    return list(dict.fromkeys(chosen))
 
 
 class Trackers:
@@ -53,17 +55,17 @@ class Trackers:
             name: of the run.
             config: every flag.
         """
-        if not self._accelerator.log_with:
-            return
         values = {key: value for key, value in config.items() if isinstance(value, str | int | float | bool)}
         options = {"trackio": {"name": name}, "wandb": {"name": name}}
-        try:
-            self._accelerator.init_trackers(PROJECT, config=values, init_kwargs=options)
-        except Exception as error:  # whatever a tracker raises
-            self._accelerator.trackers = []
-            logger.warning(
-                f"the trackers of --report-to cannot start: {first_line(error)}; the run goes on without them"
-            )
+        wanted, started = self._accelerator.log_with, []
+        for each in wanted:  # one by one: one that cannot start must not take the others with it
+            self._accelerator.log_with = [each]
+            try:
+                self._accelerator.init_trackers(PROJECT, config=values, init_kwargs=options)
+                started += self._accelerator.trackers
+            except Exception as error:  # whatever a tracker raises
+                logger.warning(f"the tracker {each} cannot start: {first_line(error)}; the run goes on without it")
+        self._accelerator.log_with, self._accelerator.trackers = wanted, started
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """Sends numbers."""

@@ -1,17 +1,21 @@
 """The model card, and its way to the Hub."""
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from commands import BIN, SHORT
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from forge_lib.errors import UserError
 from forge_lib.report.card import make_card
-from forge_lib.training.hub import check_hub
+from forge_lib.report.history import COLUMNS, History
+from forge_lib.training.hub import check_hub, push_to_hub
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -96,13 +100,23 @@ DESCRIPTION = {
 }  # fmt: skip
 
 
+def history(**config) -> History:
+    columns = {name: np.zeros(0) for name in COLUMNS}
+    return History(Path("runs/x"), columns, description=DESCRIPTION | {"config": DESCRIPTION["config"] | config})
+
+
+def test_names_of_the_hub_are_told_from_files_also_of_other_machines():
+    for name, expected in (("gpt2", "gpt2"), ("me/base", "me/base"), ("data/tiny_gpt2", None), ("a/b.gguf", None)):
+        assert ModelCard(make_card("x", history(model_name=name), {}, False)).data.base_model == expected
+    for path, expected in (("me/texts", ["me/texts"]), ("corpus/a.txt", None), ("corpus/a.jsonl.gz", None)):
+        assert ModelCard(make_card("x", history(dataset_path=path), {}, False)).data.datasets == expected
+
+
 def test_the_card_has_the_results_in_the_form_that_the_hub_reads():
-    text = make_card(
-        "mine", DESCRIPTION, {"eval_loss": 2.5, "perplexity": 12.2, "steps": 100}, "scripts/train.py", True
-    )
+    text = make_card("me/mine", history(), {"eval_loss": 2.5, "perplexity": 12.2, "steps": 100}, has_plot=True)
     card = ModelCard(text)
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
-    assert card.data.base_model == "gpt2-x/base"
+    assert card.data.base_model == "gpt2-x/base" and 'model="me/mine"' in card.text
     results = {each.metric_type: each.metric_value for each in card.data.eval_results}
     assert results == {"loss": 2.5, "perplexity": 12.2}
     for words in ("12,345", "`abc`", "2 processes on cpu", "loss.png", "scripts/train.py", "learning rate 0.001"):
@@ -142,3 +156,11 @@ def test_a_name_or_a_token_that_cannot_work_is_reported_before_the_training(monk
     monkeypatch.setattr("forge_lib.training.hub.get_token", lambda: None)
     with pytest.raises(UserError, match="--push-to-hub needs a token"):
         check_hub("me/x")
+
+
+def test_an_upload_that_fails_is_logged_with_the_command_that_repeats_it(tmp_path, monkeypatch, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr("forge_lib.training.hub.HfApi", lambda: HfApi(address, token="hf_x"))
+    push_to_hub(tmp_path / "final", "me/x")
+    assert f"repeat it with `hf upload me/x {tmp_path / 'final'} .`" in caplog.text

@@ -66,10 +66,10 @@ def test_rows_of_rounds_have_columns_too(tmp_path):
 
 
 def test_the_end_of_a_long_file_has_the_newest_rows(tmp_path):
-    write(tmp_path, *(row(n, 1.0 / n) for n in range(1, 5001)), {"step": 5000, "event": "stop"})
+    write(tmp_path, *(row(n, 1.0 / n) for n in range(1, 30_001)), {"step": 30_000, "event": "stop"})
     tail, whole = read_tail(tmp_path), read_history(tmp_path)
-    assert 0 < len(tail) < len(whole) == 5000
-    assert tail.last("loss") == whole.last("loss") == 1 / 5000 and tail.events == whole.events
+    assert 0 < len(tail) < len(whole) == 30_000
+    assert tail.last("loss") == whole.last("loss") == 1 / 30_000 and tail.events == whole.events
 
 
 @settings(max_examples=50, deadline=None)
@@ -82,3 +82,31 @@ def test_a_thinned_curve_keeps_its_extremes_and_its_ends(values):
     if len(known):
         assert (found.min(), found.max()) == (known.min(), known.max())
         assert (found[0], found[-1]) == (known[0], known[-1])
+
+
+def test_a_run_that_began_again_before_its_first_checkpoint_has_only_its_newest_rows(tmp_path):
+    sample = {"step": 3, "event": "sample", "text": "old"}
+    write(tmp_path, row(1), row(2), row(3, 3.0), sample, {"step": 0, "event": "start"}, row(1, 9.0), row(2, 8.0))
+    history = read_history(tmp_path)
+    assert history.columns["loss"].tolist() == [9.0, 8.0] and history.last_step == 2
+    assert history.events_named("sample") == [sample] and history.events_named("sample", is_undone=False) == []
+
+
+def test_a_peer_that_takes_over_later_rounds_keeps_its_earlier_ones(tmp_path):
+    """train_elastic.py: after a restart it gets rounds 3 and 4 from others, and does not repeat them."""
+    rounds = [row(n, 2.0 / n, participants=[]) for n in (1, 2, 5)]
+    write(tmp_path, *rounds[:2], {"step": 1, "event": "resume"}, rounds[2])
+    assert read_history(tmp_path).columns["step"].tolist() == [1, 2, 5]
+
+
+def test_one_damaged_line_among_many_is_found_and_no_extreme_is_lost(tmp_path):
+    """100,000 rows, of which two are damaged: the rest is as it was written."""
+    losses = np.random.default_rng(0).random(100_000)
+    losses[77_777] = 5.0
+    lines = [json.dumps(row(n, loss)) for n, loss in enumerate(losses, 1)]
+    lines[50_000], lines[-1] = lines[50_000][:40], '{"step": 100000, "tokens_per_second": 1, "loss"'
+    lines[50_000] += ', "tokens_per_second"'
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    history = read_history(tmp_path)
+    assert history.num_unreadable == 2 and len(history) == 99_998
+    assert thin(history.columns["step"], history.columns["loss"])[1].max() == 5.0

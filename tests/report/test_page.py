@@ -11,6 +11,7 @@ from PIL import Image
 
 from forge_lib.report.history import read_history
 from forge_lib.report.page import command_of, find_differences, write_report
+from forge_lib.report.texts import describe_status, holders
 from forge_lib.report.timeline import make_timeline
 
 SECTIONS = ("Plots", "Machines", "Samples", "Events", "Checkpoints", "Configuration")
@@ -124,3 +125,45 @@ def test_the_script_writes_the_plot_alone_and_reports_a_wrong_folder(run, tmp_pa
     assert Image.open(tmp_path / "loss.png").size[0] > 600
     ended = start([*command, tmp_path]).finish()
     assert ended.code == 2 and "expected the --output-dir of a run" in ended.output
+
+
+def test_checkpoints_name_only_the_machines_that_could_write_them(run):
+    rows = [{"step": 55, "event": "checkpoint", "path": "r/step-55", "hosts": ["alder", "birch"]}]
+    rows.append({"step": 55, "event": "checkpoint_failed", "host": "birch", "error": "No space left on device"})
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    history = read_history(run)
+    assert holders(history, history.events_named("checkpoint")[-1]) == ["alder"]
+
+
+def test_names_of_runs_are_unique_and_shown_as_they_are(run, tmp_path):
+    """matplotlib would read $ as a formula, and leave out a name that begins with an underscore."""
+    for place in ("x/_$run$", "y/_$run$"):
+        shutil.copytree(run, tmp_path / place)
+    folders = [tmp_path / "x" / "_$run$", tmp_path / "y" / "_$run$"]
+    write_report(folders, tmp_path / "both.html")
+    page = (tmp_path / "both.html").read_text()
+    assert all(page.count(f"{letter}/_$run$") >= 3 for letter in "xy"), "in the legends, and above its sections"
+
+
+def test_rounds_of_a_peer_show_its_absence_and_a_lost_other_does_not_interrupt_it(tmp_path):
+    rows = [
+        {
+            "step": n,
+            "loss": 1.0,
+            "tokens_per_second": 5.0,
+            "round_seconds": 10.0,
+            "time": time,
+            "participants": [{"peer": peer} for peer in peers],
+        }
+        for n, time, peers in ((10, 1010, "ab"), (20, 1020, "a"), (30, 9000, "ab"), (40, 9010, "ab"))
+    ]
+    rows.append({"step": 40, "event": "peer_lost", "peer": "b", "time": 9011})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    history = read_history(tmp_path)
+    spans = [
+        (span.machine, round(span.start * 3600 + 1010), round(span.stop * 3600 + 1010))
+        for span in make_timeline(history).spans
+    ]
+    assert sorted(spans) == [("a", 1000, 1020), ("a", 8985, 9010), ("b", 1000, 1010), ("b", 8985, 9010)]
+    assert "interrupted" not in describe_status(history)

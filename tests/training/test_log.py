@@ -12,13 +12,19 @@ from forge_lib.training.log import MetricsLog, to_json
 from forge_lib.training.trackers import Trackers, choose_trackers
 
 
+def choose(report_to: str, process_index: int = 0) -> list[str]:
+    config = SimpleNamespace(report_to=report_to)
+    return choose_trackers(config, SimpleNamespace(process_index=process_index))
+
+
 def test_an_unknown_tracker_is_an_error_and_a_missing_package_only_a_warning(caplog):
-    assert choose_trackers("none") == []
-    assert choose_trackers("tensorboard,trackio") == ["tensorboard", "trackio"]
+    assert choose("none") == []
+    assert choose("tensorboard,trackio") == ["tensorboard", "trackio"]
     with pytest.raises(UserError, match="--report-to tensorbored: no such tracker; expected all, aim, tensorboard"):
-        choose_trackers("tensorbored")
-    assert choose_trackers("aim,trackio") == ["trackio"]
-    assert "--report-to aim: its package is not installed" in caplog.text
+        choose("tensorbored")
+    assert choose("aim,trackio") == ["trackio"]
+    assert choose("aim", process_index=1) == []
+    assert caplog.text.count("--report-to aim: its package is not installed") == 1
 
 
 def test_a_tracker_that_fails_is_dropped_with_one_warning(caplog):
