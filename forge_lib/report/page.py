@@ -173,17 +173,17 @@ def _samples(history: History) -> list[tuple[str, str, str]]:
 def _events(history: History) -> list[tuple[str, str, str, str]]:
     """Returns time, step, kind and details of the other events, the newest ones."""
     rows = [row for row in history.events if row["event"] not in UNUSUAL]
-    found = []
+    shown = []
     if len(rows) > MAX_ROWS:
-        found.append(("", "", "", f"{len(rows) - MAX_ROWS:,} earlier events are left out; {METRICS} has them"))
+        shown.append(("", "", "", f"{len(rows) - MAX_ROWS:,} earlier events are left out; {METRICS} has them"))
     for row in rows[-MAX_ROWS:]:
         details = {name: value for name, value in row.items() if name not in ("step", "event", "time")}
         text = "; ".join(f"{name.replace('_', ' ')}: {_text(value)}" for name, value in details.items())
         time = row.get("time")
-        found.append(
+        shown.append(
             (_date(time) if isinstance(time, float | int) else "", str(row.get("step", "")), row["event"], text)
         )
-    return found
+    return shown
 
 
 def _text(value: Any) -> str:
