@@ -30,7 +30,8 @@ logger = logging.getLogger("forge")
 
 STATE_NAME = re.compile(rf"{STATE}-\d+")  # of a folder; a peer must not name another place on this machine
 DATA_FLAGS = ("dataset_path", "eval_dataset_path")
-FEW_UPDATES = 2
+FEW_UPDATES, MANY_UPDATES = 2, 16  # weights and momentum in fp32 are 16 times as large as an update in int4
+SNAPSHOT_SECONDS = 20.0
 RETRY_SECONDS = 1.0
 COMMIT_SECONDS = 5.0  # how long a commit may take beyond twice the last exchange
 POLL_SECONDS = 0.05
@@ -155,6 +156,7 @@ def catch_up(own: StateFiles, meeting: Meeting, ready: list[Member], gives_up: C
     for source in (member.facts for member in ready):
         try:
             served = _wait_for_update(source) if commits else fetch_facts(source)["folders"]
+            served = _wait_for_snapshot(own.state, source, served)
             updates, newest = served.get(UPDATES, {}), max(filter(STATE_NAME.fullmatch, served), default="")
             names = _missing_updates(own.state, source, updates)
             is_smaller = newest and _needs_fewer_bytes(own.state, newest, served[newest], updates, names)
@@ -202,6 +204,20 @@ def _wait_for_update(source: PeerFacts) -> dict:
         if updates is None or update_name(source.round) in updates or time.monotonic() > until:
             return served
         time.sleep(POLL_SECONDS)
+
+
+def _wait_for_snapshot(state: SharedState, source: PeerFacts, served: dict) -> dict:
+    """Returns what a peer serves, once it has a snapshot, if this peer lacks more updates than a snapshot is large.
+
+    The peers that have the state write one as soon as they have seen that this peer lacks so much.
+    """
+    until = time.monotonic() + SNAPSHOT_SECONDS
+    while source.round - max(0, state.round) > MANY_UPDATES and not any(map(STATE_NAME.fullmatch, served)):
+        if time.monotonic() > until:
+            break
+        time.sleep(RETRY_SECONDS)
+        served = fetch_facts(source)["folders"]
+    return served
 
 
 def _apply_updates(

@@ -11,7 +11,6 @@ from forge_lib.peers_config import ElasticConfig
 logger = logging.getLogger("forge")
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 15.0, 300.0  # of a peer that the others have left out
-PROBED_FAILURES = 2  # of the exchange of a round; then each peer finds out to which others it can connect
 MAX_DIFFERING = 3  # updates in a row that may give other bits than those of the others
 
 
@@ -53,7 +52,7 @@ class Others:
         self._present = now
 
     def exchange_failed(self, round: int, error: Exception, members: list[Member], own: str) -> None:
-        """Logs that an exchange has failed; after the second time, finds out to which members this peer can connect.
+        """Logs that an exchange has failed, and finds out to which members this peer can connect.
 
         Args:
             round: that it ends, from 1.
@@ -64,8 +63,7 @@ class Others:
         self.failures += 1
         logger.warning(f"the exchange of round {round} has failed: {first_line(error)}; trying again")
         self._report("exchange_failed", round=round, error=first_line(error))
-        if self.failures >= PROBED_FAILURES:
-            self.probe(members, own)
+        self.probe(members, own)
 
     def exchanged(self) -> None:
         """Records that an exchange with others has succeeded."""

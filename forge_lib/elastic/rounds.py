@@ -83,6 +83,7 @@ class Rounds:
 
     def __enter__(self) -> "Rounds":
         if self._peer:
+            logger.setLevel(logging.INFO)  # what happens before the inputs are loaded is logged, too
             self._contexts.enter_context(self._peer)
         return self
 

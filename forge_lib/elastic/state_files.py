@@ -70,7 +70,8 @@ class StateFiles:
 
     def needs_snapshot(self, round: int) -> bool:
         """Returns whether a peer with the state of an earlier round needs all of this one: updates are not enough."""
-        return not 0 < round < self.state.round or not self._has_updates_since(round)
+        is_far = self.state.round - round > SNAPSHOT_ROUNDS
+        return is_far or not 0 < round < self.state.round or not self._has_updates_since(round)
 
     def _has_updates_since(self, round: int) -> bool:
         _, updates = self._shared.folders.get(UPDATES, (self.folder, {}))
