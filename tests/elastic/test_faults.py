@@ -123,9 +123,9 @@ def test_a_joiner_with_a_slow_link_catches_up_with_a_peer_that_makes_short_round
     """An update takes the joiner much longer than ten steps take the other peer, whose rounds so become longer."""
     both = peers(1)
     before = both.rounds("alder")[-1]["round_seconds"]
-    shape(both.machines, 2, "1mbit")
+    shape(both.machines, 2, "2mbit")
     both.start("birch")
-    first = both.wait_for_round("birch", 1, 240)["round"]
+    first = both.wait_for_round("birch", 1, 400)["round"]
     assert max(row["round_seconds"] for row in both.rounds("alder") if row["round"] < first) > 3 * before
     go_on(both, NAMES[:2], seconds=120)
     both.stop(*NAMES[:2])
