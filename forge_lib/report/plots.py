@@ -46,7 +46,7 @@ def draw_plots(histories: Sequence[History]) -> list[Plot]:
             _plot(title, caption, lambda axes, name=name, log=log: _draw_column(axes, histories, name, log))
             for title, caption, name, log in (
                 ("Learning rate", "Of each step.", "learning_rate", False),
-                ("Gradient norm", "Before clipping; logarithmic.", "grad_norm", True),
+                ("Gradient norm", "Before clipping.", "grad_norm", True),
                 ("Tokens per second", "Of all machines together.", "tokens_per_second", False),
                 ("Peak memory", "Of the process with the most, in GB.", "peak_memory_bytes", False),
             )
@@ -126,7 +126,8 @@ def _draw_column(axes: Any, histories: Sequence[History], name: str, is_logarith
         label = _label(run_names(histories)[index]) if len(histories) > 1 else None
         axes.plot(*thin(steps, values * scale), color=SERIES[index % len(SERIES)], linewidth=1.2, label=label)
     axes.set_xlabel("step")
-    if is_logarithmic and all((_known(history, name)[1] > 0).all() for history in histories):
+    known = np.concatenate([_known(history, name)[1] for history in histories])
+    if is_logarithmic and len(known) and 0 < 10 * known.min() < known.max():
         axes.set_yscale("log")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which("{x:g}")
