@@ -166,7 +166,7 @@ def _draw_machines(axes: Any, timeline: Timeline) -> None:
         axes.plot([], [], "v", color=MARK_COLORS.get(kind, SERIES[2]), markersize=5, label=kind)
     axes.set_yticks(range(len(machines)), [_label(name[:24]) for name in machines])
     axes.set_ylim(len(machines) - 0.1, -0.6)
-    axes.set_xlabel("hours since the start" if timeline.unit == "hours" else "step")
+    axes.set_xlabel("step" if timeline.unit == "step" else f"{timeline.unit} since the start")
     axes.grid(axis="y", visible=False)
     if timeline.marks:
         axes.figure.legend(frameon=False, labelcolor=TEXT, fontsize="small", ncols=4, loc="outside lower left")

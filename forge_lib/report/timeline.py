@@ -7,7 +7,8 @@ import numpy as np
 
 from forge_lib.report.history import History
 
-SECONDS_PER_HOUR = 3600.0
+UNITS = (("minutes", 60.0), ("hours", 3600.0))
+MOST_MINUTES = 120  # of a timeline; a longer one has hours
 MARKS = {  # kinds of events on the timeline
     "peer_lost": "lost", "peer_joined": "joined", "healed": "caught up", "resume": "resumed", "stop": "stopped",
     "left_out": "left out", "diverged": "diverged",
@@ -37,7 +38,7 @@ class Timeline:
     """The machines of a run.
 
     Attributes:
-        unit: of all places: hours since the first row, or steps for a run that recorded no times.
+        unit: of all places: minutes or hours since the first row, or steps for a run that recorded no times.
         spans, marks: in the order of time.
     """
 
@@ -52,26 +53,29 @@ class Timeline:
 
 
 class Clock:
-    """Where on the axis a row is: hours since the first row with a time, else its step."""
+    """Where on the axis a row is: minutes or hours since the first row with a time, else its step."""
 
     def __init__(self, history: History):
         times = [*history.columns["time"], *(row.get("time", np.nan) for row in history.events)]
         known = [each for each in times if isinstance(each, float | int) and np.isfinite(each)]
         self._start = min(known, default=None)
-        self.unit = "step" if self._start is None else "hours"
+        self.unit, self.seconds = "step", 1.0
+        if known:
+            is_short = max(known) - min(known) <= 60 * MOST_MINUTES
+            self.unit, self.seconds = UNITS[0] if is_short else UNITS[1]
 
     def place(self, row: dict) -> float | None:
         """Returns the place of a row; None if it has none."""
         value = row.get("step") if self._start is None else row.get("time")
         if value is None:
             return None
-        return float(value) if self._start is None else (value - self._start) / SECONDS_PER_HOUR
+        return float(value) if self._start is None else (value - self._start) / self.seconds
 
     def places(self, columns: dict[str, np.ndarray]) -> np.ndarray:
         """Returns the places of the training rows, [num_rows] float64."""
         if self._start is None:
             return columns["step"]
-        return (columns["time"] - self._start) / SECONDS_PER_HOUR
+        return (columns["time"] - self._start) / self.seconds
 
 
 def make_timeline(history: History) -> Timeline:
@@ -94,7 +98,7 @@ def _spans_of_rounds(history: History, clock: Clock) -> list[Span]:
         stop = clock.place(row)
         if stop is None:
             continue
-        length = (row.get("round_seconds") or 0.0) / SECONDS_PER_HOUR if clock.unit == "hours" else 0.0
+        length = (row.get("round_seconds") or 0.0) / clock.seconds if clock.unit != "step" else 0.0
         start = stop - length if before is None else max(before, stop - 1.5 * length if length else before)
         for each in row["participants"]:
             known = spans.setdefault(str(each.get("peer")), [])

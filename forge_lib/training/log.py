@@ -15,6 +15,7 @@ import torch
 from forge_lib.config import TrainConfig
 from forge_lib.data.batches import BatchPlan
 from forge_lib.disk import partial_path
+from forge_lib.training.session import Session
 
 logger = logging.getLogger("forge")
 
@@ -96,16 +97,16 @@ def describe_evaluation(results: dict[str, float]) -> str:
     )
 
 
-def log_begin(log: MetricsLog, step: int, plan: BatchPlan, hosts: list[str], changed: list[str] | None) -> None:
+def log_begin(log: MetricsLog, step: int, plan: BatchPlan, session: Session, changed: list[str] | None) -> None:
     """Logs that a run begins, or that it continues.
 
     Args:
         log, plan: of the run.
         step: completed steps.
-        hosts: of each process.
+        session: the processes.
         changed: a line for each setting that differs from the checkpoint's; None: there is no checkpoint.
     """
-    facts: dict[str, Any] = {"num_processes": len(hosts), "hosts": list(dict.fromkeys(hosts))}
+    facts: dict[str, Any] = {"num_processes": len(session.hosts), "hosts": session.machine_names()}
     if changed is None:
         log.write(step=step, event="start", **facts)
     else:

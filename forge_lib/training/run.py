@@ -183,7 +183,7 @@ class Run:
         self._periodic = Periodic(self.step, self.inputs.plan.num_steps)
         self._write_run_json()
         changed = changed_settings(self.session, state) if state else None
-        messages.log_begin(self.log, self.step, self.inputs.plan, self.session.hosts, changed)
+        messages.log_begin(self.log, self.step, self.inputs.plan, self.session, changed)
         self.peers.on_peer_error = self._on_peer_error
         settle_buckets(self.accelerator, model, optimizers, self.inputs.dataset[EMPTY_BLOCK])
         self.step_log.sync.backward_done()

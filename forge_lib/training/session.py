@@ -3,6 +3,7 @@
 import dataclasses
 import uuid
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,14 +57,27 @@ class Session:
         """The host name of each process, by rank."""
         return [process.host for process in self.agreement.processes]
 
+    def machine_names(self, machines: Collection[int] | None = None) -> list[str]:
+        """Returns a name for each machine: its host name, with its address if another one has the same.
+
+        Args:
+            machines: which ones, by the rank of their first process; None: all.
+        """
+        first = {each.machine: each for each in reversed(self.agreement.processes)}
+        hosts = [each.host for each in first.values()]
+        names = {
+            machine: each.host if hosts.count(each.host) == 1 else f"{each.host} ({each.address})"
+            for machine, each in sorted(first.items())
+        }
+        return [name for machine, name in names.items() if machines is None or machine in machines]
+
     def is_checkpoint_machine(self) -> bool:
         """Returns whether this machine is one of `--checkpoint-machines`."""
         return self.world.machine in self._checkpoint_machines()
 
     def checkpoint_hosts(self) -> list[str]:
-        """Returns the host names of `--checkpoint-machines`."""
-        kept = self._checkpoint_machines()
-        return list(dict.fromkeys(each.host for each in self.agreement.processes if each.machine in kept))
+        """Returns the names of `--checkpoint-machines`."""
+        return self.machine_names(self._checkpoint_machines())
 
     def _checkpoint_machines(self) -> list[int]:
         machines = sorted({process.machine for process in self.agreement.processes})

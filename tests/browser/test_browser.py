@@ -83,23 +83,31 @@ def test_the_dashboard_shows_the_current_step_of_a_run_that_goes_on(start, tmp_p
     running = start([*words, "--output-dir", tmp_path / "run"], variables=variables)
     shown = start([BIN / "trackio", "show", "--project", "p2p-llm-forge"], variables=variables)
     address = until(lambda: re.search(r"http://127\.0\.0\.1:\d+", shown.log.read_text()), 120, "the dashboard")[0]
-    until(lambda: rows(tmp_path / "run", "text"), 240, "a sample")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until(lambda: metrics.exists() and rows(tmp_path / "run", "text"), 240, "a sample")
     tab = chromium.new_context(viewport={"width": 1400, "height": 1100}).new_page()
     requests = []
     tab.on("request", lambda request: requests.append(request.url))
     tab.goto(address)
 
     def step_shown() -> int:
-        """Returns the largest number on the axes of the plots over the steps."""
-        texts = tab.locator("svg text").all_inner_texts()
-        return max(
-            (int(text.replace(",", "")) for text in texts if re.fullmatch(r"\d{2,3}(,\d{3})*", text)), default=0
-        )
+        """Returns the last step of the run in the dashboard's table; the plots are pictures."""
+        for name in ("Metrics", "Runs"):
+            tab.get_by_text(name, exact=True).last.click()
+        tab.wait_for_timeout(2000)
+        numbers = re.findall(r"\d+", tab.inner_text("body"))
+        return int(numbers[-1])
 
-    until(lambda: step_shown() >= 100, 60, "the dashboard shows step 100")
-    before = step_shown()
+    tab.wait_for_timeout(3000)
+    before = until(lambda: step_shown() >= 100 and step_shown(), 60, "the dashboard shows step 100")
     until(lambda: rows(tmp_path / "run", "loss")[-1]["step"] > before + 100, 240, "more steps")
     until(lambda: step_shown() > before, 60, "the dashboard follows")
+    tab.get_by_text("Alerts & Reports").click()
+    tab.wait_for_timeout(2000)
+    sample = rows(tmp_path / "run", "text")[0]["text"]
+    assert sample.split()[1] in tab.inner_text("body"), "the sample"
+    tab.get_by_text("Metrics", exact=True).last.click()
+    tab.wait_for_timeout(2000)
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     tab.screenshot(path=SCREENSHOTS / "dashboard.png", full_page=True)
     names = tab.inner_text("body")

@@ -96,9 +96,9 @@ def test_the_page_has_every_section_loads_nothing_and_shows_texts_as_they_are(ru
 
 def test_the_timeline_has_a_gap_while_a_machine_was_lost(run):
     timeline = make_timeline(read_history(run))
-    hours = [(span.machine, round(span.start, 2), round(span.stop, 2)) for span in timeline.spans]
-    assert hours == [("alder", 0.0, 0.01), ("birch", 0.0, 0.01), ("alder", 1.0, 1.0)]
-    assert [(mark.kind, round(mark.place, 2)) for mark in timeline.marks] == [("lost", 0.01), ("resumed", 1.0)]
+    minutes = [(span.machine, round(span.start, 1), round(span.stop, 1)) for span in timeline.spans]
+    assert timeline.unit == "minutes" and minutes == [("alder", 0.0, 0.9), ("birch", 0.0, 0.9), ("alder", 60.0, 60.2)]
+    assert [(mark.kind, round(mark.place, 1)) for mark in timeline.marks] == [("lost", 0.9), ("resumed", 60.0)]
 
 
 def test_several_runs_share_the_plots_and_their_differences_are_listed(run, tmp_path):
