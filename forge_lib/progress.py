@@ -1,4 +1,4 @@
-"""ProgressBar of slow work: one bar on a terminal, and plain lines with the time left elsewhere."""
+"""Progress of slow work: one bar on a terminal, and plain lines with the time left elsewhere."""
 
 import sys
 import time

@@ -143,7 +143,14 @@ def _report_memory(figures: Sequence[PrepareFigure]) -> Report:
     rows = [[f"`{each.format}`", f"{each.peak_bytes / 1e6:.0f}", f"{each.grown_peak_bytes / 1e6:.0f}"]
             for each in figures]  # fmt: skip
     columns = ["format", *(f"peak MB, {size} MB of text" for size in sizes)]
-    return Report("memory_corpus", "Peak memory of preparing over the corpus", columns, rows, [], plot)
+    return Report(
+        "memory_corpus",
+        "Peak memory of preparing over the corpus",
+        columns,
+        rows,
+        [asdict(each) for each in figures],
+        plot,
+    )
 
 
 def _write(folder: Path, dataset: str, megabytes: int) -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """The plots of a report, drawn by matplotlib: as SVG for light and dark pages, or as PNG."""
 
+import html
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -222,6 +223,5 @@ def _for_page(svg: str, title: str) -> str:
     svg = svg.replace(TEXT, "var(--text)").replace(GRID, "var(--grid)")
     for index, color in enumerate(SERIES):
         svg = svg.replace(color, f"var(--series-{index})")
-    prefix = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'id="(?:figure|axes|patch|matplotlib|xtick|ytick|line2d|text|legend|PathC|Fill)[^"]*"', "", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{prefix}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)

@@ -108,7 +108,7 @@ class Run:
 
     def __exit__(self, *error) -> bool | None:
         is_handled = self._contexts.__exit__(*error)
-        if self._final:  # here: it may take hours, and nobody waits for it
+        if self._final and not any(error):  # here: it may take hours, and nobody waits for it
             push_to_hub(self._final, self.config.push_to_hub)
         return is_handled
 

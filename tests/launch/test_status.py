@@ -2,12 +2,12 @@
 
 import json
 import signal
-import time
 
 import pytest
 from commands import BIN, SHORT, find_free_port, until
 
 from forge_lib.launch.status import read_status
+from forge_lib.report.history import read_tail
 
 COMMAND = [BIN / "python", "scripts/train.py", *SHORT, "--log-every", 1, "--checkpoint-every", 10]
 
@@ -60,9 +60,8 @@ def test_it_answers_at_once_also_about_a_long_run(run, tmp_path):
     """It reads the end of metrics.jsonl only, and imports neither torch nor transformers."""
     line = json.dumps({"step": 1, "loss": 1.0, "tokens_per_second": 5.0})
     (tmp_path / "metrics.jsonl").write_text(f"{line}\n" * 300_000)
-    begun = time.process_time()
     assert read_status(tmp_path).state == "not active"
-    assert time.process_time() - begun < 1
+    assert 0 < len(read_tail(tmp_path)) < 30_000
     program = (
         "import sys; from forge_lib.launch.command import main; main(['status', sys.argv[1]]); print(*sys.modules)"
     )
