@@ -59,7 +59,7 @@ class Trackers:
         options = {"trackio": {"name": name}, "wandb": {"name": name}}
         wanted, started = self._accelerator.log_with, []
         for each in wanted:  # one by one: one that cannot start must not take the others with it
-            self._accelerator.log_with = [each]
+            self._accelerator.log_with, self._accelerator.trackers = [each], []  # it starts all that are in the list
             try:
                 self._accelerator.init_trackers(PROJECT, config=values, init_kwargs=options)
                 started += self._accelerator.trackers

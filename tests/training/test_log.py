@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 
 from forge_lib.errors import UserError
 from forge_lib.training.log import MetricsLog, to_json
@@ -58,3 +60,30 @@ def test_numbers_that_json_lacks_become_null_at_any_depth():
     }
     expected = {"a": None, "b": [1.5, None, {"c": None}], "d": [1.0, None], "e": 3}
     assert json.loads(json.dumps(to_json(row), allow_nan=False)) == expected
+
+
+def test_each_tracker_is_started_once_and_one_that_cannot_start_takes_no_other_with_it(tmp_path, caplog):
+    """With accelerate's own call, which starts every tracker in its list each time."""
+    started = []
+
+    class Fake(GeneralTracker):
+        requires_logging_directory, main_process_only, tracker = False, True, None
+
+        def __init__(self, name: str):
+            super().__init__(_blank=True)
+            self.name = name
+
+        def start(self):
+            started.append(self.name)
+            if self.name == "bad":
+                raise OSError("no connection")
+
+        def store_init_configuration(self, values):
+            assert values == {"seed": 1}
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.log_with = [Fake("first"), Fake("bad"), Fake("last")]
+    Trackers(accelerator).start("run", {"seed": 1, "shares": None})
+    assert started == ["first", "bad", "last"]
+    assert [tracker.name for tracker in accelerator.trackers] == ["first", "last"]
+    assert "cannot start: no connection" in caplog.text
