@@ -7,6 +7,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 ALONE := tests/check tests/cluster tests/faults
+# Many tests wait for processes that wait for each other: one worker more than cores.
+WORKERS = $$($(BIN)/python -c 'import os; print(min(4, os.cpu_count() + 1))')
 QUICK := not faults and not networks and not elastic and not browser
 SOURCES := forge_lib scripts tests data docs
 # Python compiles each module at its first import; compiling everything at installation takes a minute longer.
@@ -62,7 +64,7 @@ quality: .venv/ready-dev
 	$(BIN)/ruff check $(SOURCES)
 
 test: quality
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup -m 'not alone and $(QUICK)'
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup -m 'not alone and $(QUICK)'
 	$(BIN)/python -m pytest -m 'alone and $(QUICK)' $(ALONE)
 
 faults: .venv/ready-dev

@@ -10,6 +10,7 @@ import socket
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -101,6 +102,8 @@ class Rendezvous:
         self._register(store)
         self._wait_for_machines(store)
         registered = [Registration.from_json(store.get(f"node/{n}")) for n in range(config.num_nodes)]
+        for each in registered:  # also here: one that differs has registered before it reports that
+            self._check_num_nodes(store, each, registered[0])
         store.set(f"ready/{config.node_rank}", "")
         if connection:
             connection.settimeout(REACH_SECONDS)
@@ -151,14 +154,22 @@ class Rendezvous:
             time.sleep(POLL_SECONDS)
         main = Registration.from_json(store.get("node/0"))
         if holder.id != own.id:
-            mistake = f"two machines were started as --node-rank {config.node_rank}: {holder.host} and {own.host}"
-        elif main.num_nodes != config.num_nodes:
-            mistake = (
-                f"{own.host} was started with --num-nodes {config.num_nodes}, the main machine {main.host} with "
-                f"{main.num_nodes}; give all machines the same number"
+            self._refuse(
+                store, f"two machines were started as --node-rank {config.node_rank}: {holder.host} and {own.host}"
             )
-        else:
-            return
+        self._check_num_nodes(store, own, main)
+
+    def _check_num_nodes(self, store: RendezvousStore, machine: Registration, main: Registration) -> None:
+        if machine.num_nodes != main.num_nodes:
+            self._refuse(
+                store,
+                f"{machine.host} was started with --num-nodes {machine.num_nodes}, the main machine {main.host} with "
+                f"{main.num_nodes}; give all machines the same number",
+            )
+
+    @staticmethod
+    def _refuse(store: RendezvousStore, mistake: str) -> NoReturn:
+        """Raises a mistake of the user on all machines."""
         store.report_mistake(mistake)
         raise UserError(mistake)
 

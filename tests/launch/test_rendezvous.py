@@ -3,13 +3,16 @@
 import contextlib
 import socket
 import sys
+import time
 
 import pytest
 from commands import QUIET, SHORT, Finished
 
 from forge_lib.launch import rendezvous, supervisor
+from forge_lib.launch.rendezvous_store import RendezvousStore
 
 FLAGS = [*SHORT, *QUIET]
+REPORT = RendezvousStore.report_mistake
 
 
 def machine(rank: int, port: int, num_nodes: int = 2, address: str = "127.0.0.1") -> list:
@@ -76,7 +79,15 @@ def test_two_machines_with_one_number_are_reported_to_all(forge, free_port, rank
         assert_refused(each.finish(60), f"two machines were started as --node-rank {ranks[-1]}")
 
 
-def test_different_numbers_of_machines_are_reported_to_all(forge, free_port):
+def report_late(store: RendezvousStore, mistake: str) -> None:
+    time.sleep(2)
+    REPORT(store, mistake)
+
+
+@pytest.mark.parametrize("report", [REPORT, report_late])
+def test_different_numbers_of_machines_are_reported_to_all(forge, free_port, monkeypatch, report):
+    """Also if the main machine finds all registered before the other one has reported the mistake."""
+    monkeypatch.setattr(RendezvousStore, "report_mistake", report)
     running = [forge(*machine(rank, free_port, 2 + rank), folder=str(rank)) for rank in (0, 1)]
     for each in running:
         assert_refused(each.finish(60), "was started with --num-nodes 3, the main machine")

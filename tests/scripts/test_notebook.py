@@ -12,6 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+pytestmark = pytest.mark.xdist_group("notebook")  # no second worker waits for the first one
 NOTEBOOK = Path(__file__).resolve().parents[2] / "scripts" / "prototype.ipynb"
 
 
