@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from forge_lib.errors import UserError
 
+AUTO = -1  # of --micro-batch-size
 IGNORED_LABEL = -100  # the label that the cross entropy of torch and transformers leaves out
 
 
@@ -20,6 +21,7 @@ def flag(
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    words: dict[str, int] | None = None,
 ) -> Any:
     """Returns a dataclass field that is a flag, with its line in `--help` and its range.
 
@@ -28,9 +30,11 @@ def flag(
         help: one line.
         unit: is the placeholder of the value on the command line.
         at_least, above, below: the range of a number, which `check_ranges` checks.
+        words: that may be given instead of a number.
     """
     limits = {"at_least": at_least, "above": above, "below": below}
-    return field(default=default, metadata={"help": help, **({"metavar": unit} if unit else {}), "limits": limits})
+    metadata = {"help": help, **({"metavar": unit} if unit else {}), "limits": limits, "words": words or {}}
+    return field(default=default, metadata=metadata)
 
 
 def seed_flag(help: str) -> Any:
@@ -176,9 +180,16 @@ class BatchConfig:
     max_steps: int = flag(0, "number of optimizer steps, instead of --epochs; 0: use --epochs", "STEPS", at_least=0)
     batch_size: int = flag(32, "GLOBAL batch of one step, over all processes", "SEQUENCES", at_least=1)
     micro_batch_size: int = flag(
-        0, "sequences per forward pass; 0: 8, on one machine's CPUs about 1,024 tokens", "SEQUENCES", at_least=0
+        0,
+        "sequences per forward pass; 0: 8, or 1,024 tokens on one machine's CPUs; auto",
+        "SEQUENCES",
+        at_least=AUTO,
+        words={"auto": AUTO},
     )
-    shares: str = flag("", "the processes' shares of the batch, as in 3:1; empty: equal shares", "A:B:…")
+    shares: str = flag("", "the processes' shares of the batch, as in 3:1; empty: see --balance", "A:B:…")
+    balance: Literal["", "auto", "even"] = flag(
+        "", "auto: the shares follow the processes' speeds; even; empty: auto with several machines, else even", "HOW"
+    )
 
 
 @dataclass(kw_only=True)

@@ -43,8 +43,11 @@ class _Parser(HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field) -> None:
         field = copy.copy(field)
-        field.metadata = {key: value for key, value in field.metadata.items() if key != "limits"}
+        words = field.metadata.get("words")
+        field.metadata = {key: value for key, value in field.metadata.items() if key not in ("limits", "words")}
         HfArgumentParser._parse_dataclass_field(parser, field)
+        if words:
+            parser._actions[-1].type = lambda text: words[text] if text in words else int(text)
 
     def error(self, message: str):
         raise UserError(re.sub(r"--\w+/(--[\w-]+)", r"\1", message))

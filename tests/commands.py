@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 TINY = ["--model-name", "data/tiny_gpt2", "--dataset-path", "data/sample_corpus.txt", "--sample-by", "paragraph"]
 SHORT = [*TINY, "--sequence-length", "64", "--batch-size", "8", "--max-steps", "50", "--learning-rate", "1e-3"]
-SHORT += ["--mixed-precision", "no", "--write-report", "false"]
+SHORT += ["--mixed-precision", "no", "--write-report", "false", "--balance", "even"]  # also on several machines
 QUIET = ["--eval-every", "0", "--checkpoint-every", "0", "--log-every", "1"]
 
 FIRST_PORT, PORTS_PER_WORKER, MAX_WORKERS = 20_000, 3_000, 4  # below 32,768: the kernel does not give these to clients

@@ -19,10 +19,10 @@ Sources: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for cluste
 model ignores other traffic, other programs, and the processor time that sending takes.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from forge_lib.data.batches import fit_shares
 from forge_lib.elastic.pace import plan_round
 
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20  # of DDP
@@ -174,15 +174,5 @@ def mean_speed(speeds: list[Speed]) -> Speed:
 
 
 def fitting_shares(speeds: list[Speed], batch_size: int) -> list[int]:
-    """Returns the share of the batch for each process with which all finish at about the same time.
-
-    A share is proportional to the speed, and at least one sequence. The sequences that rounding leaves go to the
-    processes that they delay least.
-    """
-    rates = [1 / speed.per_sequence for speed in speeds]
-    shares = [max(1, math.floor(batch_size * rate / sum(rates))) for rate in rates]
-    while sum(shares) < batch_size:
-        shares[min(range(len(shares)), key=lambda n: (shares[n] + 1) / rates[n])] += 1
-    while sum(shares) > batch_size and max(shares) > 1:
-        shares[max(range(len(shares)), key=lambda n: (shares[n] > 1) * shares[n] / rates[n])] -= 1
-    return shares
+    """Returns the share of the batch for each process with which all finish at about the same time, as `--balance`."""
+    return fit_shares([speed.per_sequence for speed in speeds], batch_size)

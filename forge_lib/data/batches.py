@@ -5,7 +5,8 @@ sequence, with a new permutation in each epoch, and step k takes the next `batch
 the number of processes, and any step is found in constant time.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -45,6 +46,25 @@ def divide_batch(batch_size: int, shares: str, num_processes: int) -> list[int]:
             f"{':'.join(map(str, parts))}; use --batch-size {near}, or other --shares"
         )
     return [batch_size * part // sum(parts) for part in parts]
+
+
+def fit_shares(seconds_per_sequence: Sequence[float], batch_size: int) -> list[int]:
+    """Returns the shares of a global batch with which the slowest process is done as early as possible, by rank.
+
+    Each process gets at least one sequence, if there are enough: it takes part in each step anyway.
+
+    Args:
+        seconds_per_sequence: of each process.
+        batch_size: sequences in the global batch.
+    """
+    rates = [1 / seconds for seconds in seconds_per_sequence]
+    least = 1 if batch_size >= len(rates) else 0
+    shares = [max(least, math.floor(batch_size * rate / sum(rates))) for rate in rates]
+    while sum(shares) < batch_size:
+        shares[min(range(len(shares)), key=lambda n: (shares[n] + 1) / rates[n])] += 1
+    while sum(shares) > batch_size:
+        shares[max(range(len(shares)), key=lambda n: (shares[n] > least) * shares[n] / rates[n])] -= 1
+    return shares
 
 
 def micro_batches(batch: dict[str, torch.Tensor], size: int) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:

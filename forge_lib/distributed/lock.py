@@ -121,8 +121,8 @@ class RunLock:
                 raise self._in_use(holder)
 
     def set_step(self, step: int) -> None:
-        """Writes the number of steps done into run.lock; cheap: call it each step."""
-        self._write(step=step)
+        """Writes the number of steps done into run.lock, and that the run goes on; cheap: call it each step."""
+        self._write(step=step, waiting_for="")
 
     def set_waiting(self, what: str) -> None:
         """Writes what the run waits for into run.lock; empty: it goes on."""

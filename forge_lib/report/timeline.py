@@ -11,7 +11,7 @@ UNITS = (("minutes", 60.0), ("hours", 3600.0))
 MOST_MINUTES = 120  # of a timeline; a longer one has hours
 MARKS = {  # kinds of events on the timeline
     "peer_lost": "lost", "peer_joined": "joined", "healed": "caught up", "resume": "resumed", "stop": "stopped",
-    "left_out": "left out", "diverged": "diverged",
+    "left_out": "left out", "diverged": "diverged", "shares": "new shares", "slower": "slower",
 }  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Evaluates a model on held-out blocks, and lets it write samples, during training and afterwards."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather
@@ -31,6 +32,7 @@ def evaluation_rows(
     batch_size: int,
     barrier: Callable[[], object] = lambda: None,
     use_copy: bool = False,
+    shares: Sequence[int] = (),
 ) -> torch.Tensor:
     """Returns [num_processes, 3] fp64: the sums of `evaluation_sums` over the blocks that each process has evaluated.
 
@@ -39,12 +41,14 @@ def evaluation_rows(
     Args:
         accelerator: the processes.
         model: prepared or not.
-        dataset: a BlockDataset or a subset of it; each process evaluates every num_processes-th block.
+        dataset: a BlockDataset or a subset of it.
         batch_size: sequences per forward pass.
         barrier: waits for the other processes before the sums are gathered; it may take up to an hour.
         use_copy: of `evaluation_mode`.
+        shares: how many blocks each process takes in turn, by rank; empty: one each.
     """
-    mine = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    turns = np.repeat(np.arange(accelerator.num_processes), shares or 1)
+    mine = Subset(dataset, np.flatnonzero(np.resize(turns, len(dataset)) == accelerator.process_index).tolist())
     sums = torch.zeros(3, dtype=torch.float64)
     shown = ProgressBar("evaluating", -(-len(mine) // batch_size), "batch", accelerator.is_main_process)
     with evaluation_mode(accelerator.unwrap_model(model), use_copy) as evaluated, shown as progress:
@@ -88,6 +92,7 @@ def evaluation_totals(run: Run, model: nn.Module, dataset: Dataset, name: str) -
         run.config.micro_batch_size,
         barrier=lambda: run.peers.barrier(f"evaluated/{run.step}/{name}"),
         use_copy=run.inputs.changes_in_evaluation,
+        shares=run.balancer.shares,
     )
     return rows.sum(dim=0).tolist()
 
@@ -104,6 +109,7 @@ def evaluate(run: Run, model: nn.Module) -> None:
             run.inputs.eval_tokens_per_byte,
             barrier=lambda: run.peers.barrier(f"evaluated/{run.step}"),
             use_copy=run.inputs.changes_in_evaluation,
+            shares=run.balancer.shares,
         )
     results["eval_loss"] = results.pop("loss")
     run.log_evaluation(results)

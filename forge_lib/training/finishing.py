@@ -8,9 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import transformers
-from torch import nn
-
 from forge_lib.config import TrainConfig
 from forge_lib.errors import first_line
 from forge_lib.models.final import save_final
@@ -18,6 +15,7 @@ from forge_lib.report.card import PLOT_NAME, make_card
 from forge_lib.report.history import read_history
 from forge_lib.report.page import write_report
 from forge_lib.report.plots import write_png
+from forge_lib.training.inputs import Inputs
 
 logger = logging.getLogger("forge")
 
@@ -26,8 +24,7 @@ REPORT_NAME = "report.html"
 
 def write_results(
     config: TrainConfig,
-    model: nn.Module,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    inputs: Inputs,
     folder: Path,
     results: dict[str, Any],
 ) -> Path:
@@ -37,8 +34,7 @@ def write_results(
 
     Args:
         config: every flag.
-        model: unwrapped; LoRA adapters are merged in place.
-        tokenizer: its tokenizer.
+        inputs: the model, in which LoRA adapters are merged, and its tokenizer.
         folder: the run folder; it has run.json and metrics.jsonl.
         results: `steps`, and the numbers of the last evaluation.
 
@@ -55,7 +51,7 @@ def write_results(
         with _warning("the model card"):
             _write_card(config, folder, partial, results)
 
-    save_final(model, tokenizer, final, add_files)
+    save_final(inputs.model, inputs.tokenizer, final, add_files)
     logger.info(f"done: the model is in {final}, the metrics are in {folder / 'metrics.jsonl'}")
     if config.write_report:
         with _warning("the report"):

@@ -24,10 +24,15 @@ class GradientSync:
 
     def __init__(self, model: nn.Module, fp16: bool = False):
         self.num_bytes, self.fp16 = 0, fp16
+        self._begun = self._on_gpu = None
         self._events = None
         if isinstance(model, DistributedDataParallel):
             self._on_gpu = next(model.parameters()).is_cuda
             model.register_comm_hook(self, _measured_all_reduce)
+
+    def compute_begins(self) -> None:
+        """Call when the step's batch is in memory."""
+        self._begun = _timestamp(bool(self._on_gpu))
 
     def own_gradients_done(self) -> None:
         """The hook calls this when the last gradient of this process is computed; only the others' are missing."""
@@ -38,24 +43,24 @@ class GradientSync:
         if self._events:
             self._events.append(_timestamp(self._on_gpu))
 
-    def pop(self) -> tuple[float, float]:
-        """Returns the seconds not hidden by computation and the bytes sent by this process since the last call.
+    def pop(self) -> tuple[float, float, float]:
+        """Returns the seconds not hidden by computation, the bytes sent by this process, and its own seconds.
 
-        A ring all-reduce of S bytes over n processes sends 2 (n - 1) / n S from each. On a GPU this waits for the
-        step to end.
+        All of them are since the last call; the own seconds are those of its forward and backward passes. A ring
+        all-reduce of S bytes over n processes sends 2 (n - 1) / n S from each. On a GPU this waits for the step to
+        end.
         """
-        seconds = 0.0
+        seconds = own_seconds = 0.0
         if self._events:
-            start, end = self._events
+            done, end = self._events
             if self._on_gpu:
                 end.synchronize()
-                seconds = start.elapsed_time(end) / 1000
-            else:
-                seconds = end - start
+            seconds = _seconds_between(done, end)
+            own_seconds = _seconds_between(self._begun, done) if self._begun else 0.0
         n = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         num_bytes = 2 * (n - 1) / n * self.num_bytes
         self.num_bytes, self._events = 0, None
-        return seconds, num_bytes
+        return seconds, num_bytes, own_seconds
 
 
 def _measured_all_reduce(sync: GradientSync, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -67,6 +72,10 @@ def _measured_all_reduce(sync: GradientSync, bucket: dist.GradBucket) -> torch.f
     return (fp16_compress_hook if sync.fp16 else allreduce_hook)(dist.group.WORLD, bucket)
 
 
+def _seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+
+
 def _timestamp(on_gpu: bool) -> float | torch.cuda.Event:
     if not on_gpu:
         return time.perf_counter()
@@ -76,7 +85,11 @@ def _timestamp(on_gpu: bool) -> float | torch.cuda.Event:
 
 
 def settle_buckets(
-    accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer], block: dict[str, torch.Tensor]
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    block: dict[str, torch.Tensor],
+    sync: GradientSync,
 ) -> None:
     """Makes DDP choose the final order of its buckets, which it does after its first backward pass.
 
@@ -88,6 +101,7 @@ def settle_buckets(
         model: as returned by `Accelerator.prepare`.
         optimizers: their gradients are zeroed afterwards.
         block: a block without labels, so that the gradient is 0.
+        sync: of this model; what it measures here does not count.
     """
     if accelerator.num_processes > 2:
         batch = {name: tensor[None].to(accelerator.device) for name, tensor in block.items()}
@@ -95,3 +109,5 @@ def settle_buckets(
             accelerator.backward(loss_sum(model, batch))
         for optimizer in optimizers:
             optimizer.zero_grad()
+    sync.backward_done()
+    sync.pop()

@@ -14,7 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from forge_lib.config import TrainConfig
-from forge_lib.data.batches import divide_batch, micro_batches, read_batch, share_of
+from forge_lib.data.batches import micro_batches, read_batch, share_of
 from forge_lib.data.blocks import EMPTY_BLOCK
 from forge_lib.distributed.agreement import check_world
 from forge_lib.distributed.lock import RunLock
@@ -24,9 +24,11 @@ from forge_lib.errors import PeerLostError, Stopped
 from forge_lib.process import World, die_with_launcher
 from forge_lib.progress import progress_bar
 from forge_lib.training import log as messages
+from forge_lib.training.balance import Balancer
 from forge_lib.training.gradient_sync import settle_buckets
 from forge_lib.training.hub import push_to_hub
 from forge_lib.training.inputs import Inputs, load_inputs, log_start
+from forge_lib.training.micro_batch import choose_micro_batch
 from forge_lib.training.nonfinite import NonFiniteSteps
 from forge_lib.training.periodic import Periodic
 from forge_lib.training.profiling import StepProfiler
@@ -64,7 +66,7 @@ class Run:
     stop_request: StopRequest
     _lock: RunLock
     # Set by join
-    _shares: list[int]  # of the global batch, by rank
+    balancer: Balancer  # the shares of the global batch
     session: Session
     # Set by load_inputs
     accelerator: Accelerator
@@ -124,7 +126,7 @@ class Run:
         Raises:
             UserError: the machines differ in something that must be equal, or the run folder cannot be used.
         """
-        self._shares = divide_batch(self.config.batch_size, self.config.shares, self.world.num_processes)
+        self.balancer = Balancer(self.config, self.world.num_processes)
         self.session = join(self.config, self.world, self.peers, self._lock)
         self.config = self.session.config  # with the values that were chosen
         return self.session.accelerator_arguments() | {"log_with": choose_trackers(self.config, self.world) or None}
@@ -138,6 +140,7 @@ class Run:
         check_world(self.world, accelerator.num_processes)
         logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
         self.accelerator, self.inputs = accelerator, load_inputs(self.session)
+        self.session, self.config = choose_micro_batch(self.session, accelerator, self.inputs.model, self.balancer)
         if self.inputs.eval_dataset and self.config.eval_every:
             import forge_lib.training.evaluation_metrics  # noqa: F401 (slow, or broken: now rather than at the first evaluation)
         return self.inputs
@@ -155,7 +158,8 @@ class Run:
         if self._state and self._lock.held and not self._saving.enabled:
             self._saving.saver.prune(self._state["step"])  # a machine without checkpoints keeps what it was sent
         self._timeout = GroupTimeout(self.accelerator, self.inputs.model, self.config.timeout_seconds)
-        log_start(self.session, self.inputs, self._shares, lines)
+        self.balancer.start(self.session, self.log, self._state or {}, self.extra_state)
+        log_start(self.session, self.inputs, self.balancer.shares, lines)
         self.trackers = Trackers(self.accelerator)
         self.trackers.start(self.session.folder.resolve().name, dataclasses.asdict(self.config))
 
@@ -176,18 +180,15 @@ class Run:
             scaler.load_state_dict(state["scaler"])
         self._optimizers, self._saved_optimizers = optimizers, [*optimizers, *also_save]
         self._nonfinite = NonFiniteSteps(self.config, self.accelerator, self.log)
-        logs, memory = (self.log, self.trackers), self._saving.memory
+        logs, memory = (self.log, self.trackers, self.balancer), self._saving.memory
         self.step_log = StepLog(self.config, self.session, self.inputs, self.accelerator, logs, memory, model)
         self._set_step(state["step"] if state else 0)
-        self._lock.set_waiting("")
         self._periodic = Periodic(self.step, self.inputs.plan.num_steps)
         self._write_run_json()
         changed = changed_settings(self.session, state) if state else None
         messages.log_begin(self.log, self.step, self.inputs.plan, self.session, changed)
         self.peers.on_peer_error = self._on_peer_error
-        settle_buckets(self.accelerator, model, optimizers, self.inputs.dataset[EMPTY_BLOCK])
-        self.step_log.sync.backward_done()
-        self.step_log.sync.pop()  # discard what this backward pass measured
+        settle_buckets(self.accelerator, model, optimizers, self.inputs.dataset[EMPTY_BLOCK], self.step_log.sync)
 
     # The loop
 
@@ -214,7 +215,7 @@ class Run:
             self.step_log.start_step()
             self.peers.set_status("reading its batch")
             self.inputs.store.check_unchanged()
-            self._share = share_of(blocks, self._shares, rank)
+            self._share = share_of(blocks, self.balancer.shares, rank)
             self._is_short = step == plan.num_steps - 1 and len(blocks) < self.config.batch_size  # not compiled for it
             batch = read_batch(self.inputs.dataset, self._share, pin_memory=accelerator.device.type == "cuda")
             self.step_log.batch_read()
@@ -245,11 +246,12 @@ class Run:
         """
         if reason := self.stop_request.reason():
             self.peers.set_first("stop", reason)
-        self._totals = StepTotals(losses, must_stop=bool(reason))
+        self._totals = StepTotals(losses, bool(reason), self.balancer.own_times(self.step_log.own_seconds))
 
     def totals(self, grad_norm: torch.Tensor) -> tuple[float, float]:
         """Returns the loss sum over all processes, in nats, and the gradient's norm. A GPU's only wait in a step."""
-        total, num_stopping, norm = self._totals.wait(grad_norm)
+        total, num_stopping, norm, times = self._totals.wait(grad_norm)
+        self.balancer.add(self.step + 1, times)
         if num_stopping:
             self.stop(self.peers.get_first("stop"))
         return total, norm
@@ -363,7 +365,7 @@ class Run:
             from forge_lib.training.finishing import write_results  # matplotlib and others: slow to import
 
             results = {"steps": self.step, **self._evaluated[1]}
-            final = write_results(self.config, self.inputs.model, self.inputs.tokenizer, self.session.folder, results)
+            final = write_results(self.config, self.inputs, self.session.folder, results)
             self._final = final if self.config.push_to_hub else None
         self._saving.finish_running("saves")
         self.peers.barrier("end")
@@ -371,8 +373,7 @@ class Run:
             self.peers.release_launchers()
         self.stop_request.done()
         self.trackers.finish()  # it may be slow
-        # The last owners of DDP and of an all-reduce:
-        self._optimizers = self._saved_optimizers = self.step_log = self._totals = None
+        self._optimizers = self._saved_optimizers = self.step_log = self._totals = None  # the last owners of DDP
         self.accelerator.free_memory()
         self.accelerator.end_training()
         if self.stopped_by:
@@ -385,7 +386,7 @@ class Run:
 
     def _write_run_json(self) -> None:
         if self.accelerator.is_main_process:
-            content = describe_run(self.session, self.inputs, self._shares, self._timeout.describe())
+            content = describe_run(self.session, self.inputs, self.balancer.shares, self._timeout.describe())
             messages.write_run_json(self.session.folder, content)
 
     def _wait_for_save(self) -> None:

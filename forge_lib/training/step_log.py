@@ -13,6 +13,7 @@ from forge_lib.config import TrainConfig
 from forge_lib.distributed.speed import reliable_matmul_flops
 from forge_lib.progress import format_seconds
 from forge_lib.training.anomalies import SpikeDetector, find_straggler
+from forge_lib.training.balance import Balancer
 from forge_lib.training.gradient_sync import GradientSync
 from forge_lib.training.inputs import Inputs
 from forge_lib.training.log import MetricsLog
@@ -39,12 +40,12 @@ class StepLog:
         session: Session,
         inputs: Inputs,
         accelerator: Accelerator,
-        logs: tuple[MetricsLog, Trackers],
+        logs: tuple[MetricsLog, Trackers, Balancer],
         memory: PeakMemory,
         model: nn.Module,
     ):
         self.config, self.session, self.inputs, self.accelerator = config, session, inputs, accelerator
-        self.log, self.trackers = logs
+        self.log, self.trackers, self._balancer = logs
         self.memory = memory
         self._started_at, self._first_step = time.monotonic(), -1  # of this start of the run
         self.sync = GradientSync(model, fp16=config.gradient_compression == "fp16")
@@ -52,6 +53,7 @@ class StepLog:
         self._throughput = Throughput(inputs.model, config.sequence_length)
         self._spikes = SpikeDetector()
         self._own_seconds = 0.0  # computed by this process alone, since the last logged step
+        self.own_seconds = 0.0  # of the last step: forward and backward passes
 
     def start_step(self) -> None:
         """Starts the clock of a step."""
@@ -79,6 +81,7 @@ class StepLog:
     def batch_read(self) -> None:
         """Records that the step's batch is in memory."""
         self._data_seconds = time.perf_counter() - self._start
+        self.sync.compute_begins()
 
     def step_done(self, step: int, loss: float, grad_norm: float, learning_rate: float, is_due: bool) -> None:
         """Records a completed step, and logs it if it is due. Call on all processes.
@@ -91,7 +94,7 @@ class StepLog:
             is_due: whether to write a row; equal on all processes.
         """
         plan, config = self.inputs.plan, self.config
-        sync_seconds, bytes_sent = self.sync.pop()
+        sync_seconds, bytes_sent, self.own_seconds = self.sync.pop()
         step_seconds = time.perf_counter() - self._start
         num_sequences = plan.num_samples(step) - plan.num_samples(step - 1)
         self._throughput.add(num_sequences * config.sequence_length, step_seconds)
@@ -118,6 +121,8 @@ class StepLog:
             "mfu": mfu,
             "peak_memory_bytes": peak_memory or None,
             "num_processes": self.accelerator.num_processes,
+            "shares": self._balancer.shares,
+            "sequences_per_second": self._balancer.sequences_per_second(),
         }
         self.log.write(**row)
         figures = {name: value for name, value in row.items() if name != "step"}
@@ -150,11 +155,12 @@ class StepLog:
         return int(everyones[:, 0].max()), everyones[:, 1].tolist()
 
     def _log_straggler(self, step: int, seconds: list[float]) -> None:
-        if straggler := find_straggler(seconds):
+        straggler = None if self._balancer.is_on else find_straggler(seconds)
+        if straggler:
             host = self.session.hosts[straggler.process]
             logger.warning(
                 f"step {step}: the others wait for process {straggler.process} on {host}, which takes "
-                f"{straggler.ratio:.1f} times as long; give it less with --shares"
+                f"{straggler.ratio:.1f} times as long; --balance auto gives it less"
             )
             self.log.write(step=step, event="straggler", process=straggler.process, host=host, ratio=straggler.ratio)
 

@@ -1,5 +1,7 @@
 """The all-reduce of a step: its loss, and how many processes are asked to stop."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -17,20 +19,25 @@ class StepTotals:
     Args:
         losses: the loss sum of each of this process's micro-batches, scalars, in nats.
         must_stop: whether this process is asked to stop.
+        times: further numbers that are summed, as many on each process.
     """
 
-    def __init__(self, losses: list[torch.Tensor], must_stop: bool):
+    def __init__(self, losses: list[torch.Tensor], must_stop: bool, times: Sequence[float] = ()):
         self.losses, dtype = losses, sum_dtype(losses[0].device)
         loss = torch.stack(losses).sum().to(dtype)
         stopping = torch.full_like(loss, float(must_stop))  # without a copy from main memory
         self._totals = torch.stack([loss, stopping])
+        if times:
+            self._totals = torch.cat([self._totals, torch.tensor(times, dtype=dtype).to(loss.device)])
+        self._num_times = len(times)
         self._work = dist.all_reduce(self._totals, async_op=True) if dist.is_initialized() else None
 
-    def wait(self, *others: torch.Tensor) -> list[float]:
-        """Returns the loss sum and the number of processes that are asked to stop, equal on all processes.
+    def wait(self, other: torch.Tensor) -> tuple[float, float, float, list[float]]:
+        """Returns the loss sum, the number of processes that are asked to stop, `other`, and the sums of the times.
 
-        The values of `others`, scalars, follow: on a GPU, all of them are one transfer.
+        `other` is a scalar of this process: on a GPU, all of them are one transfer.
         """
         if self._work:
             self._work.wait()
-        return torch.cat([self._totals, *(each.detach().to(self._totals)[None] for each in others)]).tolist()
+        loss, stopping, *times, other = torch.cat([self._totals, other.detach().to(self._totals)[None]]).tolist()
+        return loss, stopping, other, times

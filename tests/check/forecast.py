@@ -73,7 +73,18 @@ def compare(machines: Hosts, folder: Path, rate: int, args: argparse.Namespace) 
     output = on_all("check", check)[0]
     forecast = json.loads(output[output.index("{\n") :])["forecast"]["here"]
     for mode, flags in MODES.items():
-        command = ["p2p-llm-forge", "--cluster", folder / "cluster.yaml", *TINY[2:], *run, *FLAGS, *QUIET, *flags]
+        command = [
+            "p2p-llm-forge",
+            "--cluster",
+            folder / "cluster.yaml",
+            *TINY[2:],
+            *run,
+            *FLAGS,
+            *QUIET,
+            "--balance",
+            "even",
+            *flags,
+        ]
         on_all(mode, [*command, "--max-steps", args.steps, "--output-dir", folder / mode / "MACHINE"])
         lines = (folder / mode / "1" / "metrics.jsonl").read_text().splitlines()
         speeds = [row["tokens_per_second"] for row in map(json.loads, lines) if "loss" in row][2:]  # warm

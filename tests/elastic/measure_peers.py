@@ -10,20 +10,18 @@ peers. Nothing else should run meanwhile.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
-
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from cpu_quota import CpuQuota  # noqa: E402
 
 from forge_lib.benchmark.model import sized_config, write_model  # noqa: E402
 from forge_lib.benchmark.network import (  # noqa: E402
@@ -40,30 +38,6 @@ SLOW = 1 / 3  # of a core
 NUM_STEPS = 240  # of both peers together, for the held-out loss
 
 
-@contextlib.contextmanager
-def cpu_quota(process: psutil.Process, share: float) -> Iterator[None]:
-    """Limits a process and its children to a share of one core, with a cgroup; 1: no limit."""
-    if share == 1:
-        yield
-        return
-    is_v2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
-    folder = Path("/sys/fs/cgroup" if is_v2 else "/sys/fs/cgroup/cpu") / f"forge-{process.pid}"
-    folder.mkdir()
-    if is_v2:
-        (folder / "cpu.max").write_text(f"{int(100_000 * share)} 100000")
-    else:
-        (folder / "cpu.cfs_period_us").write_text("100000")
-        (folder / "cpu.cfs_quota_us").write_text(str(int(100_000 * share)))
-    for each in (process, *process.children(recursive=True)):
-        (folder / "cgroup.procs").write_text(str(each.pid))
-    try:
-        yield
-    finally:
-        for line in (folder / "cgroup.procs").read_text().split():
-            (folder.parent / "cgroup.procs").write_text(line)
-        folder.rmdir()
-
-
 def tokens_per_second_alone(model: Path, share: float) -> float:
     """Returns the speed of one machine with a share of its core."""
     flags = [*FLAGS, "--model-name", model, "--dataset-path", DATA, "--batch-size", BATCH_SIZE, "--log-every", 4]
@@ -71,7 +45,7 @@ def tokens_per_second_alone(model: Path, share: float) -> float:
         process = machines.start(
             2, [sys.executable, "scripts/train.py", *flags, "--output-dir", machines.folder / "2"]
         )
-        with cpu_quota(process, share):
+        with CpuQuota(process, share):
             machines.wait(lambda: len(machines.rows("2", "loss")) >= 6)
             return statistics.median(row["tokens_per_second"] for row in machines.rows("2", "loss")[2:])
 
@@ -80,7 +54,7 @@ def speed_of_unequal_peers(model: Path) -> dict:
     """Returns the figures of two peers, the second with a third of its core."""
     with Machines(2, 0) as machines:
         names = start_peers(machines, model, DATA, 2, ["--sync-every", 20])
-        with cpu_quota(machines.processes[1], SLOW):
+        with CpuQuota(machines.processes[1], SLOW):
             return asdict(measure_rounds(machines, names, "int4, 3 : 1", 0))
 
 
@@ -89,7 +63,7 @@ def held_out_loss(model: Path, share: float) -> float:
     flags = ["--max-steps", NUM_STEPS, "--eval-fraction", 0.05, "--sync-every", 20, "--warmup-steps", 20]
     with Machines(2, 0) as machines:
         names = start_peers(machines, model, DATA, 2, flags)
-        with cpu_quota(machines.processes[1], share):
+        with CpuQuota(machines.processes[1], share):
             machines.wait(lambda: bool(machines.rows(names[0], "eval_loss")))
             return machines.rows(names[0], "eval_loss")[-1]["eval_loss"]
 

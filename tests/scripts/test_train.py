@@ -196,9 +196,8 @@ def test_the_final_folder_works_in_transformers(trained):
 
 def test_metrics_and_run_json_hold_what_is_promised(trained):
     timing = "tokens_per_second step_seconds data_seconds compute_seconds sync_seconds bytes_sent mfu"
-    promised = f"step epoch tokens loss grad_norm learning_rate {timing} peak_memory_bytes num_processes time".split(
-        " "
-    )
+    world = "num_processes shares sequences_per_second time"
+    promised = f"step epoch tokens loss grad_norm learning_rate {timing} peak_memory_bytes {world}".split(" ")
     for row in rows(trained):
         assert list(row) == promised
         assert row["tokens"] == row["step"] * 8 * 64

@@ -33,4 +33,4 @@ def test_a_process_that_takes_more_than_twice_as_long_as_the_others_is_a_straggl
 def test_a_single_process_sends_no_gradients():
     sync = GradientSync(torch.nn.Linear(2, 2))
     sync.backward_done()
-    assert sync.pop() == (0.0, 0.0)
+    assert sync.pop() == (0.0, 0.0, 0.0)

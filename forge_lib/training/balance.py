@@ -1,0 +1,155 @@
+"""Divides the global batch among unequal processes, by their measured speeds: `--balance`.
+
+The samples of a step and their order stay the same, and so does the loss, up to rounding: only who computes which of
+them changes. Every process measures how long its own forward and backward passes take, without communication. The
+times of the last step travel in the all-reduce of the loss, so all processes know them, and decide the same.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from forge_lib.config import TrainConfig
+from forge_lib.data.batches import divide_batch, fit_shares
+from forge_lib.errors import UserError
+from forge_lib.training.log import MetricsLog
+from forge_lib.training.session import Session
+
+logger = logging.getLogger("forge")
+
+SKIPPED_STEPS = 3  # the first ones compile, and fill caches
+WINDOW = 6  # steps; two windows in a row must agree before the shares change
+MIN_GAIN = 1.05  # the mean step of each window must become faster by this factor,
+MIN_SIGMAS = 4  # and that of both by so many standard errors: noise alone gives less
+USUAL_STEPS = 200  # with which a process is compared:
+SLOW_RATIO = 1.5  # if it takes this much longer in two windows, it is named
+STEADY_RATIO = 1.2  # while the others do not
+
+
+class Balancer:
+    """The shares of the processes, and when they change.
+
+    Args:
+        config: every flag.
+        num_processes: of the run.
+
+    Attributes:
+        shares: sequences of each global batch, by rank.
+        is_on: whether they follow the speeds; set by `start`.
+
+    Raises:
+        UserError: the flags exclude each other, or the batch cannot be divided as they say.
+    """
+
+    def __init__(self, config: TrainConfig, num_processes: int):
+        if config.balance == "auto" and config.shares:
+            raise UserError(f"--shares {config.shares} and --balance auto exclude each other: give one of them")
+        if config.balance == "auto" and config.batch_size >= num_processes:
+            self.shares = fit_shares([1.0] * num_processes, config.batch_size)
+        else:
+            self.shares = divide_batch(config.batch_size, config.shares, num_processes)
+        self.is_on = False
+        self._config, self._used = config, list(self.shares)
+        self._num_steps = 0
+        self._times: deque[np.ndarray] = deque(maxlen=2 * WINDOW)  # seconds per sequence, by rank, of the last steps
+        self._usual_times: deque[np.ndarray] = deque(maxlen=USUAL_STEPS)  # of the steps before those of _times
+        self._named: set[int] = set()  # the processes that are slow now, and were named
+
+    def start(self, session: Session, log: MetricsLog, saved: dict, extra_state: dict[str, dict]) -> None:
+        """Decides whether the shares follow the speeds; in the checkpoint's own world they begin with its shares.
+
+        Args:
+            session: the processes.
+            log: metrics.jsonl.
+            saved: the checkpoint's state.json; empty: there is no checkpoint.
+            extra_state: of the next checkpoints; the shares are kept in it.
+        """
+        self._session, self._log = session, log
+        processes = session.agreement.processes
+        wanted = self._config.balance or ("auto" if len({each.machine for each in processes}) > 1 else "even")
+        self.is_on = wanted == "auto" and not self._config.shares and len(self.shares) > 1
+        world = [{"host": each.host, "device": each.device_name} for each in processes]
+        if self.is_on:
+            logger.info("the shares of the batch follow the speeds of the processes (--balance auto)")
+        shares = saved.get("balance", {}).get("shares", [])
+        if self.is_on and saved.get("world") == world and sum(shares) == self._config.batch_size:
+            self.shares = self._used = shares
+            logger.info(f"the shares are those of the checkpoint: {describe_shares(shares)}")
+        self._extra_state = extra_state
+        extra_state["balance"] = {"shares": self.shares}
+
+    def own_times(self, seconds: float) -> list[float]:
+        """Returns what a process adds to the all-reduce: its seconds of the last step, and 0 for the others."""
+        rank = self._session.world.process_index
+        return [seconds if number == rank else 0.0 for number in range(len(self.shares))] if self.is_on else []
+
+    def add(self, step: int, seconds: Sequence[float]) -> None:
+        """Records a step, and changes the shares if that makes steps faster. Call on all processes.
+
+        Args:
+            step: completed steps.
+            seconds: of the step before, by rank: what each process has computed; empty if `is_on` is false.
+        """
+        used, self._used = self._used, self.shares
+        self._num_steps += 1
+        if not self.is_on or self._num_steps <= SKIPPED_STEPS or min(seconds) <= 0:
+            return
+        if len(self._times) == 2 * WINDOW:
+            self._usual_times.append(self._times[0])
+        self._times.append(np.array(seconds) / np.maximum(1, used))
+        if len(self._times) < 2 * WINDOW:
+            return
+        times = np.array(self._times)
+        before, now = np.median(times[:WINDOW], axis=0), np.median(times[WINDOW:], axis=0)
+        if len(self._usual_times) >= 2 * WINDOW:
+            self._warn_of_slow(step, before, now)
+        shares = fit_shares(now.tolist(), self._config.batch_size)
+        as_now, as_then = (times * self.shares).max(axis=1), (times * shares).max(axis=1)  # seconds of each step
+        saved = as_now - as_then
+        gains = [as_now[part].mean() / as_then[part].mean() for part in (slice(WINDOW), slice(WINDOW, None))]
+        if min(gains) > MIN_GAIN and saved.mean() > MIN_SIGMAS * saved.std(ddof=1) / len(saved) ** 0.5:
+            self._change(step, shares, now, min(gains))
+
+    def sequences_per_second(self) -> list[float] | None:
+        """Returns how many sequences each process computes per second, by rank; None: not measured yet."""
+        if not self._times:
+            return None
+        return (1 / np.median(np.array(self._times)[-WINDOW:], axis=0)).tolist()
+
+    def _change(self, step: int, shares: list[int], seconds: np.ndarray, gain: float) -> None:
+        speeds = ", ".join(f"{1 / each:,.1f}" for each in seconds)
+        logger.info(
+            f"step {step}: the shares change from {describe_shares(self.shares)} to {describe_shares(shares)}: the "
+            f"processes compute {speeds} sequences/s; a step should take {1 / gain:.0%} of its time"
+        )
+        self._log.write(
+            step=step, event="shares", before=self.shares, shares=shares, seconds_per_sequence=seconds.tolist()
+        )
+        self.shares = shares
+        self._extra_state["balance"] = {"shares": shares}  # a new one: a save may still write the old one
+        self._usual_times.extend(self._times)
+        self._times.clear()
+
+    def _warn_of_slow(self, step: int, before: np.ndarray, now: np.ndarray) -> None:
+        """Names a process that has become slower for good, once, while the others have not."""
+        usual = np.median(self._usual_times, axis=0)
+        ratios = np.minimum(before, now) / usual
+        slowest = int(ratios.argmax())
+        if ratios[slowest] > SLOW_RATIO and np.median(np.delete(ratios, slowest)) < STEADY_RATIO:
+            if slowest not in self._named:
+                host = self._session.hosts[slowest]
+                ratio = float(ratios[slowest])
+                logger.warning(
+                    f"step {step}: process {slowest} on {host} takes {ratio:.1f} times as long as before: is another "
+                    "program running there, or is it too hot?"
+                )
+                self._log.write(step=step, event="slower", process=slowest, host=host, ratio=ratio)
+            self._named.add(slowest)
+        self._named = {each for each in self._named if ratios[each] > STEADY_RATIO}
+
+
+def describe_shares(shares: Sequence[int]) -> str:
+    """Returns shares as in `6 + 2`."""
+    return " + ".join(map(str, shares))
