@@ -20,9 +20,11 @@ from forge_lib.training.session import Session
 logger = logging.getLogger("forge")
 
 SKIPPED_STEPS = 3  # the first ones compile, and fill caches
-WINDOW = 6  # steps; two windows in a row must agree before the shares change
-MIN_GAIN = 1.05  # the mean step of each window must become faster by this factor,
-MIN_SIGMAS = 4  # and that of both by so many standard errors: noise alone gives less
+# The shares change if the mean step becomes faster by a factor, in each half of the last steps. A large gain is taken
+# soon. A small one must last: a machine's own speed often changes by a few percent for a dozen steps.
+RULES = ((12, 1.25), (48, 1.05))  # number of steps, factor
+MIN_SIGMAS = 4  # the mean gain must have so many standard errors: noise alone gives less
+WINDOW = 6  # steps, of the logged speeds and of the warning about a slow process
 USUAL_STEPS = 200  # with which a process is compared:
 SLOW_RATIO = 1.5  # if it takes this much longer in two windows, it is named
 STEADY_RATIO = 1.2  # while the others do not
@@ -53,8 +55,8 @@ class Balancer:
         self.is_on = False
         self._config, self._used = config, list(self.shares)
         self._num_steps = 0
-        self._times: deque[np.ndarray] = deque(maxlen=2 * WINDOW)  # seconds per sequence, by rank, of the last steps
-        self._usual_times: deque[np.ndarray] = deque(maxlen=USUAL_STEPS)  # of the steps before those of _times
+        self._times: deque[np.ndarray] = deque(maxlen=RULES[-1][0])  # seconds per sequence, by rank, of the last steps
+        self._usual_times: deque[np.ndarray] = deque(maxlen=USUAL_STEPS)  # the same, also from before a change
         self._named: set[int] = set()  # the processes that are slow now, and were named
 
     def start(self, session: Session, log: MetricsLog, saved: dict, extra_state: dict[str, dict]) -> None:
@@ -96,27 +98,36 @@ class Balancer:
         self._num_steps += 1
         if not self.is_on or self._num_steps <= SKIPPED_STEPS or min(seconds) <= 0:
             return
-        if len(self._times) == 2 * WINDOW:
-            self._usual_times.append(self._times[0])
         self._times.append(np.array(seconds) / np.maximum(1, used))
-        if len(self._times) < 2 * WINDOW:
-            return
-        times = np.array(self._times)
-        before, now = np.median(times[:WINDOW], axis=0), np.median(times[WINDOW:], axis=0)
-        if len(self._usual_times) >= 2 * WINDOW:
-            self._warn_of_slow(step, before, now)
-        shares = fit_shares(now.tolist(), self._config.batch_size)
-        as_now, as_then = (times * self.shares).max(axis=1), (times * shares).max(axis=1)  # seconds of each step
-        saved = as_now - as_then
-        gains = [as_now[part].mean() / as_then[part].mean() for part in (slice(WINDOW), slice(WINDOW, None))]
-        if min(gains) > MIN_GAIN and saved.mean() > MIN_SIGMAS * saved.std(ddof=1) / len(saved) ** 0.5:
-            self._change(step, shares, now, min(gains))
+        self._warn_of_slow(step)
+        for num_steps, min_gain in RULES:
+            if len(self._times) >= num_steps and self._try_change(step, np.array(self._times)[-num_steps:], min_gain):
+                return
 
     def sequences_per_second(self) -> list[float] | None:
         """Returns how many sequences each process computes per second, by rank; None: not measured yet."""
         if not self._times:
             return None
         return (1 / np.median(np.array(self._times)[-WINDOW:], axis=0)).tolist()
+
+    def _try_change(self, step: int, times: np.ndarray, min_gain: float) -> bool:
+        """Changes the shares if they would have made these steps faster; returns whether it has.
+
+        Args:
+            step: completed steps.
+            times: [steps, processes] seconds per sequence.
+            min_gain: the mean step of each half must become faster by this factor.
+        """
+        half = len(times) // 2
+        now = np.median(times[half:], axis=0)
+        shares = fit_shares(now.tolist(), self._config.batch_size)
+        as_now, as_then = (times * self.shares).max(axis=1), (times * shares).max(axis=1)  # seconds of each step
+        saved = as_now - as_then
+        gain = min(as_now[part].mean() / as_then[part].mean() for part in (slice(half), slice(half, None)))
+        if gain <= min_gain or saved.mean() <= MIN_SIGMAS * saved.std(ddof=1) / len(saved) ** 0.5:
+            return False
+        self._change(step, shares, now, gain)
+        return True
 
     def _change(self, step: int, shares: list[int], seconds: np.ndarray, gain: float) -> None:
         speeds = ", ".join(f"{1 / each:,.1f}" for each in seconds)
@@ -129,12 +140,17 @@ class Balancer:
         )
         self.shares = shares
         self._extra_state["balance"] = {"shares": shares}  # a new one: a save may still write the old one
-        self._usual_times.extend(self._times)
         self._times.clear()
 
-    def _warn_of_slow(self, step: int, before: np.ndarray, now: np.ndarray) -> None:
+    def _warn_of_slow(self, step: int) -> None:
         """Names a process that has become slower for good, once, while the others have not."""
-        usual = np.median(self._usual_times, axis=0)
+        self._usual_times.append(self._times[-1])
+        times = np.array(self._usual_times)
+        if len(times) < 4 * WINDOW:
+            return
+        usual, before, now = (
+            np.median(part, axis=0) for part in (times[: -2 * WINDOW], times[-2 * WINDOW : -WINDOW], times[-WINDOW:])
+        )
         ratios = np.minimum(before, now) / usual
         slowest = int(ratios.argmax())
         if ratios[slowest] > SLOW_RATIO and np.median(np.delete(ratios, slowest)) < STEADY_RATIO:

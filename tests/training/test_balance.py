@@ -60,6 +60,22 @@ def test_equal_machines_keep_equal_shares_also_if_they_are_noisy():
         assert len(events) <= 1
 
 
+def test_equal_machines_whose_speeds_wander_keep_their_shares():
+    """Each speed falls by up to 30 % for 5 to 25 steps, as on a machine that others use too."""
+    for seed in range(10):
+        random_, factors = random.Random(seed), [[], []]
+        for each in factors:
+            while len(each) < 200:
+                each += [random_.uniform(0.7, 1)] * random_.randint(5, 25)
+        balancer, events = make(12, 2)
+        seconds = [0.0, 0.0]
+        for step in range(200):
+            used = list(balancer.shares)
+            balancer.add(step + 1, seconds)
+            seconds = [share / factor[step] for share, factor in zip(used, factors, strict=True)]
+        assert not [row for row in events if row["event"] == "shares"]
+
+
 def test_a_machine_that_slows_down_gives_its_share_away_within_20_steps_and_is_named_once(caplog):
     balancer, _ = make(16, 2)
     run(balancer, [1.0, 1.0], 60, noise=0.03)
