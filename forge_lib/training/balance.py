@@ -20,6 +20,7 @@ from forge_lib.training.session import Session
 logger = logging.getLogger("forge")
 
 SKIPPED_STEPS = 3  # the first ones compile, and fill caches
+CHECK_EVERY = 3  # steps; a check takes half a millisecond
 # The shares change if the mean step becomes faster by a factor, in each half of the last steps. A large gain is taken
 # soon. A small one must last: a machine's own speed often changes by a few percent for a dozen steps.
 RULES = ((12, 1.25), (48, 1.05))  # number of steps, factor
@@ -99,6 +100,9 @@ class Balancer:
         if not self.is_on or self._num_steps <= SKIPPED_STEPS or min(seconds) <= 0:
             return
         self._times.append(np.array(seconds) / np.maximum(1, used))
+        self._usual_times.append(self._times[-1])
+        if self._num_steps % CHECK_EVERY:
+            return
         self._warn_of_slow(step)
         for num_steps, min_gain in RULES:
             if len(self._times) >= num_steps and self._try_change(step, np.array(self._times)[-num_steps:], min_gain):
@@ -144,7 +148,6 @@ class Balancer:
 
     def _warn_of_slow(self, step: int) -> None:
         """Names a process that has become slower for good, once, while the others have not."""
-        self._usual_times.append(self._times[-1])
         times = np.array(self._usual_times)
         if len(times) < 4 * WINDOW:
             return
