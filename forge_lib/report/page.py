@@ -177,7 +177,7 @@ def _events(history: History) -> list[tuple[str, str, str, str]]:
     if len(rows) > MAX_ROWS:
         shown.append(("", "", "", f"{len(rows) - MAX_ROWS:,} earlier events are left out; {METRICS} has them"))
     for row in rows[-MAX_ROWS:]:
-        details = {name: value for name, value in row.items() if name not in ("step", "event", "time")}
+        details = {name: value for name, value in row.items() if name not in ("step", "event", "time") and value != []}
         text = "; ".join(f"{name.replace('_', ' ')}: {_text(value)}" for name, value in details.items())
         time = row.get("time")
         shown.append(
