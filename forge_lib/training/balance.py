@@ -53,7 +53,7 @@ class Balancer:
             self.shares = fit_shares([1.0] * num_processes, config.batch_size)
         else:
             self.shares = divide_batch(config.batch_size, config.shares, num_processes)
-        self.is_on = False
+        self.is_on, self._origin = False, ""
         self._config, self._used = config, list(self.shares)
         self._num_steps = 0
         self._times: deque[np.ndarray] = deque(maxlen=RULES[-1][0])  # seconds per sequence, by rank, of the last steps
@@ -74,14 +74,17 @@ class Balancer:
         wanted = self._config.balance or ("auto" if len({each.machine for each in processes}) > 1 else "even")
         self.is_on = wanted == "auto" and not self._config.shares and len(self.shares) > 1
         world = [{"host": each.host, "device": each.device_name} for each in processes]
-        if self.is_on:
-            logger.info("the shares of the batch follow the speeds of the processes (--balance auto)")
         shares = saved.get("balance", {}).get("shares", [])
         if self.is_on and saved.get("world") == world and sum(shares) == self._config.batch_size:
             self.shares = self._used = shares
-            logger.info(f"the shares are those of the checkpoint: {describe_shares(shares)}")
+            self._origin = f"; they begin as in the checkpoint: {describe_shares(shares)}"
         self._extra_state = extra_state
         extra_state["balance"] = {"shares": self.shares}
+
+    def describe(self) -> str:
+        """Returns a line for the log if the shares follow the speeds, else an empty text."""
+        follow = "the shares of the batch follow the speeds of the processes (--balance auto)"
+        return follow + self._origin if self.is_on else ""
 
     def own_times(self, seconds: float) -> list[float]:
         """Returns what a process adds to the all-reduce: its seconds of the last step, and 0 for the others."""

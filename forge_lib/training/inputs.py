@@ -24,6 +24,7 @@ from forge_lib.models.fingerprints import hash_config, hash_weights
 from forge_lib.models.loading import adapt_model, load_model, load_tokenizer, model_exists
 from forge_lib.models.loss import describe_loss
 from forge_lib.models.weight_files import has_weights
+from forge_lib.training.balance import Balancer
 from forge_lib.training.fetch import fetch
 from forge_lib.training.log import describe_batches
 from forge_lib.training.session import Session
@@ -236,16 +237,17 @@ def describe_identity(
     }
 
 
-def log_start(session: Session, inputs: Inputs, shares: list[int], lines: list[str]) -> None:
+def log_start(session: Session, inputs: Inputs, balancer: Balancer, lines: list[str]) -> None:
     """Logs the first lines of a run: warnings, the world, what was loaded, and the batch arithmetic.
 
     Args:
         session, inputs: of the run.
-        shares: of the global batch, by rank.
+        balancer: has the shares of the global batch.
         lines: warnings about the checkpoints.
     """
     for line in (*session.agreement.warnings, *inputs.warnings, *lines):
         logger.warning(line)
-    batches = describe_batches(session.config, inputs.plan, shares)
-    for line in (describe_world(session.agreement), *inputs.notes, batches):
-        logger.info(line)
+    batches = describe_batches(session.config, inputs.plan, balancer.shares)
+    for line in (describe_world(session.agreement), *inputs.notes, batches, balancer.describe()):
+        if line:
+            logger.info(line)

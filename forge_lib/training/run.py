@@ -159,7 +159,7 @@ class Run:
             self._saving.saver.prune(self._state["step"])  # a machine without checkpoints keeps what it was sent
         self._timeout = GroupTimeout(self.accelerator, self.inputs.model, self.config.timeout_seconds)
         self.balancer.start(self.session, self.log, self._state or {}, self.extra_state)
-        log_start(self.session, self.inputs, self.balancer.shares, lines)
+        log_start(self.session, self.inputs, self.balancer, lines)
         self.trackers = Trackers(self.accelerator)
         self.trackers.start(self.session.folder.resolve().name, dataclasses.asdict(self.config))
 

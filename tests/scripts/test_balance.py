@@ -28,7 +28,7 @@ def test_the_losses_stay_the_same_while_the_shares_change_and_the_run_is_killed_
     assert len(changes) >= 3
     assert all(sum(row["shares"]) == 16 for row in changes)
     saved = next(row["shares"] for row in rows(folder) if row["step"] == 50)
-    assert saved == [4, 12] and f"the shares are those of the checkpoint: {saved[0]} + {saved[1]}" in resumed.output
+    assert saved == [4, 12] and f"they begin as in the checkpoint: {saved[0]} + {saved[1]}" in resumed.output
     assert rows(folder)[-1]["shares"] == [10, 6]
     assert rows(folder)[-1]["sequences_per_second"] == pytest.approx([5, 3])
     by_step = {row["step"]: row["loss"] for row in rows(folder)}  # the later row of a step counts
