@@ -181,7 +181,7 @@ class BatchConfig:
     batch_size: int = flag(32, "GLOBAL batch of one step, over all processes", "SEQUENCES", at_least=1)
     micro_batch_size: int = flag(
         0,
-        "sequences per forward pass; 0: 8, or 1,024 tokens on one machine's CPUs; auto",
+        "sequences per pass; 0: 8, on one machine's CPUs 1,024 tokens; auto: what fits",
         "SEQUENCES",
         at_least=AUTO,
         words={"auto": AUTO},

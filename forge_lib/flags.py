@@ -5,7 +5,7 @@ import copy
 import difflib
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,20 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} [%(default)s]"
 
 
+def _number_or_word(words: dict[str, int]) -> Callable[[str], int]:
+    """Returns the function with which argparse reads a whole number, or one of the words."""
+
+    def read(text: str) -> int:
+        try:
+            return words[text] if text in words else int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"found {text!r}, expected a whole number or {', '.join(words)}"
+            ) from None
+
+    return read
+
+
 class _Parser(HfArgumentParser):
     """HfArgumentParser that raises UserError instead of exiting, and leaves ranges to the dataclasses."""
 
@@ -47,7 +61,7 @@ class _Parser(HfArgumentParser):
         field.metadata = {key: value for key, value in field.metadata.items() if key not in ("limits", "words")}
         HfArgumentParser._parse_dataclass_field(parser, field)
         if words:
-            parser._actions[-1].type = lambda text: words[text] if text in words else int(text)
+            parser._actions[-1].type = _number_or_word(words)
 
     def error(self, message: str):
         raise UserError(re.sub(r"--\w+/(--[\w-]+)", r"\1", message))

@@ -26,7 +26,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no C++ stack for a lost
 
 from forge_lib.check.arrival import Arrival, Outcome, Problem
 from forge_lib.check.exchange import Exchange
-from forge_lib.check.forecast import Network, fit_network
+from forge_lib.check.forecast import Network, fit_network, fitting_shares
 from forge_lib.check.links import describe_failure, measure_links
 from forge_lib.check.machine_facts import MachineSpeed, machine_facts
 from forge_lib.check.recommend import Forecast, Workload, make_forecast
@@ -77,7 +77,7 @@ class RunConfig:
     sequence_length: int = flag(512, "tokens per sequence", "TOKENS", at_least=2)
     batch_size: int = flag(32, "GLOBAL batch of one step, over all processes", "SEQUENCES", at_least=1)
     micro_batch_size: int = flag(0, "sequences per forward pass; 0: chosen as in train.py", "SEQUENCES", at_least=0)
-    shares: str = flag("", "the processes' shares of the batch, as in 3:1; empty: equal shares", "A:B:…")
+    shares: str = flag("", "the processes' shares of the batch, as in 3:1; empty: as in train.py", "A:B:…")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = flag(
         "auto", "auto, no, bf16 or fp16; auto: as in cluster.yaml", "TYPE"
     )
@@ -130,7 +130,7 @@ def make_run(config: CheckConfig, cluster: Cluster) -> TrainConfig:
     Raises:
         UserError: --batch-size cannot be divided by --shares.
     """
-    if config.model_name:
+    if config.model_name and is_fixed(config, cluster):
         divide_batch(config.batch_size, config.shares, cluster.num_processes)
     device = cluster.device_of(cluster.main)
     chosen = choose_micro_batch_size(device, config.sequence_length, len(cluster.machines))
@@ -212,8 +212,14 @@ def forecast(
     if report.all_reduce_seconds:
         network = fit_network(cluster.num_processes, report.all_reduce_seconds)
     workload = Workload(run, network, model_speeds.parameter_bytes, config.sync_every)
-    shares = divide_batch(run.batch_size, run.shares, cluster.num_processes)
-    return make_forecast(workload, len(cluster.machines), model_speeds.speeds, shares)
+    speeds = model_speeds.speeds
+    shares = divide_batch(run.batch_size, run.shares, cluster.num_processes) if is_fixed(run, cluster) else None
+    return make_forecast(workload, len(cluster.machines), speeds, shares or fitting_shares(speeds, run.batch_size))
+
+
+def is_fixed(run: CheckConfig | TrainConfig, cluster: Cluster) -> bool:
+    """Returns whether the shares are fixed; else train.py makes them follow the speeds, as with `--balance auto`."""
+    return bool(run.shares) or len(cluster.machines) == 1 or run.batch_size < cluster.num_processes
 
 
 def end_together(peers: Peers) -> None:

@@ -110,6 +110,8 @@ def make_forecast(workload: Workload, num_machines: int, speeds: list[Speed], sh
         such_machines[count] = _estimate_equal_processes(workload, speeds, num_processes)
     flags, with_flags = _recommend(workload, speeds, here)
     notes = []
+    if num_machines > 1 and not workload.run.shares and len(set(shares)) > 1:
+        notes.append(f"train.py divides a batch into {' + '.join(map(str, shares))} sequences (--balance auto).")
     if with_flags.sync > NETWORK_FRACTION * with_flags.seconds:
         fraction = with_flags.sync / with_flags.seconds
         notes.append(

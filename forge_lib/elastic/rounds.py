@@ -202,6 +202,7 @@ class Rounds:
             mean_loss: of the step, in nats.
             grad_norm: of the step's gradient, before clipping.
         """
+        self.run.step_log.measure_own_time()
         if self.may_update():
             self._log.step_done(mean_loss, grad_norm)
         if self.config.sync_every == 1:

@@ -14,6 +14,7 @@ import numpy as np
 from forge_lib.config import TrainConfig
 from forge_lib.data.batches import divide_batch, fit_shares
 from forge_lib.errors import UserError
+from forge_lib.process import World
 from forge_lib.training.log import MetricsLog
 from forge_lib.training.session import Session
 
@@ -36,32 +37,37 @@ class Balancer:
 
     Args:
         config: every flag.
-        num_processes: of the run.
+        world: the processes.
 
     Attributes:
-        shares: sequences of each global batch, by rank.
-        is_on: whether they follow the speeds; set by `start`.
+        is_on: whether the shares follow the speeds: with `--balance auto`, and by default with several machines.
+        shares: sequences of the next global batch, by rank.
+        used: the shares of the running step.
 
     Raises:
         UserError: the flags exclude each other, or the batch cannot be divided as they say.
     """
 
-    def __init__(self, config: TrainConfig, num_processes: int):
+    def __init__(self, config: TrainConfig, world: World):
         if config.balance == "auto" and config.shares:
             raise UserError(f"--shares {config.shares} and --balance auto exclude each other: give one of them")
-        if config.balance == "auto" and config.batch_size >= num_processes:
-            self.shares = fit_shares([1.0] * num_processes, config.batch_size)
+        wanted = config.balance or ("auto" if world.num_local_processes < world.num_processes else "even")
+        self.is_on = wanted == "auto" and not config.shares and world.num_processes > 1
+        if self.is_on and config.batch_size >= world.num_processes:
+            self.shares = fit_shares([1.0] * world.num_processes, config.batch_size)
         else:
-            self.shares = divide_batch(config.batch_size, config.shares, num_processes)
-        self.is_on, self._origin = False, ""
-        self._config, self._used = config, list(self.shares)
+            self.shares = divide_batch(config.batch_size, config.shares, world.num_processes)
+        self.used, self._origin = self.shares, ""
+        self._config, self._rank = config, world.process_index
         self._num_steps = 0
-        self._times: deque[np.ndarray] = deque(maxlen=RULES[-1][0])  # seconds per sequence, by rank, of the last steps
-        self._usual_times: deque[np.ndarray] = deque(maxlen=USUAL_STEPS)  # the same, also from before a change
+        # Seconds per sequence, by rank, of the last steps
+        self._times: deque[np.ndarray] = deque(maxlen=RULES[-1][0])  # with these shares, for the next change
+        self._usual_times: deque[np.ndarray] = deque(maxlen=USUAL_STEPS)  # with these shares, to find a slower process
+        self._recent_times: deque[np.ndarray] = deque(maxlen=WINDOW)  # for the log
         self._named: set[int] = set()  # the processes that are slow now, and were named
 
     def start(self, session: Session, log: MetricsLog, saved: dict, extra_state: dict[str, dict]) -> None:
-        """Decides whether the shares follow the speeds; in the checkpoint's own world they begin with its shares.
+        """Takes the shares of the checkpoint, if the machines and their devices are the same ones in the same order.
 
         Args:
             session: the processes.
@@ -70,16 +76,18 @@ class Balancer:
             extra_state: of the next checkpoints; the shares are kept in it.
         """
         self._session, self._log = session, log
-        processes = session.agreement.processes
-        wanted = self._config.balance or ("auto" if len({each.machine for each in processes}) > 1 else "even")
-        self.is_on = wanted == "auto" and not self._config.shares and len(self.shares) > 1
-        world = [{"host": each.host, "device": each.device_name} for each in processes]
+        world = [{"host": each.host, "device": each.device_name} for each in session.agreement.processes]
         shares = saved.get("balance", {}).get("shares", [])
         if self.is_on and saved.get("world") == world and sum(shares) == self._config.batch_size:
-            self.shares = self._used = shares
+            self.shares = self.used = shares
             self._origin = f"; they begin as in the checkpoint: {describe_shares(shares)}"
         self._extra_state = extra_state
         extra_state["balance"] = {"shares": self.shares}
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the shares have been the same for a while."""
+        return len(self._times) == RULES[-1][0]
 
     def describe(self) -> str:
         """Returns a line for the log if the shares follow the speeds, else an empty text."""
@@ -88,22 +96,24 @@ class Balancer:
 
     def own_times(self, seconds: float) -> list[float]:
         """Returns what a process adds to the all-reduce: its seconds of the last step, and 0 for the others."""
-        rank = self._session.world.process_index
-        return [seconds if number == rank else 0.0 for number in range(len(self.shares))] if self.is_on else []
+        return [seconds if rank == self._rank else 0.0 for rank in range(len(self.shares))]
 
     def add(self, step: int, seconds: Sequence[float]) -> None:
         """Records a step, and changes the shares if that makes steps faster. Call on all processes.
 
         Args:
             step: completed steps.
-            seconds: of the step before, by rank: what each process has computed; empty if `is_on` is false.
+            seconds: of the step before, by rank: what each process has computed; 0: not known.
         """
-        used, self._used = self._used, self.shares
+        used, self.used = self.used, self.shares
         self._num_steps += 1
-        if not self.is_on or self._num_steps <= SKIPPED_STEPS or min(seconds) <= 0:
+        if self._num_steps <= SKIPPED_STEPS or min(seconds) <= 0:
             return
-        self._times.append(np.array(seconds) / np.maximum(1, used))
-        self._usual_times.append(self._times[-1])
+        self._recent_times.append(np.array(seconds) / np.maximum(1, used))
+        if not self.is_on or used != self.shares:  # the first step with other shares may compile
+            return
+        self._times.append(self._recent_times[-1])
+        self._usual_times.append(self._recent_times[-1])
         if self._num_steps % CHECK_EVERY:
             return
         self._warn_of_slow(step)
@@ -113,9 +123,9 @@ class Balancer:
 
     def sequences_per_second(self) -> list[float] | None:
         """Returns how many sequences each process computes per second, by rank; None: not measured yet."""
-        if not self._times:
+        if not self._recent_times:
             return None
-        return (1 / np.median(np.array(self._times)[-WINDOW:], axis=0)).tolist()
+        return (1 / np.median(np.array(self._recent_times), axis=0)).tolist()
 
     def _try_change(self, step: int, times: np.ndarray, min_gain: float) -> bool:
         """Changes the shares if they would have made these steps faster; returns whether it has.
@@ -133,6 +143,7 @@ class Balancer:
         gain = min(as_now[part].mean() / as_then[part].mean() for part in (slice(half), slice(half, None)))
         if gain <= min_gain or saved.mean() <= MIN_SIGMAS * saved.std(ddof=1) / len(saved) ** 0.5:
             return False
+        self._warn_of_slow(step, is_last=True)
         self._change(step, shares, now, gain)
         return True
 
@@ -148,16 +159,22 @@ class Balancer:
         self.shares = shares
         self._extra_state["balance"] = {"shares": shares}  # a new one: a save may still write the old one
         self._times.clear()
+        self._usual_times.clear()  # a small share takes longer per sequence
 
-    def _warn_of_slow(self, step: int) -> None:
-        """Names a process that has become slower for good, once, while the others have not."""
+    def _warn_of_slow(self, step: int, is_last: bool = False) -> None:
+        """Names a process that has become slower for good, once, while the others have not.
+
+        Args:
+            step: completed steps.
+            is_last: the shares change now, because of the last window.
+        """
         times = np.array(self._usual_times)
         if len(times) < 4 * WINDOW:
             return
         usual, before, now = (
             np.median(part, axis=0) for part in (times[: -2 * WINDOW], times[-2 * WINDOW : -WINDOW], times[-WINDOW:])
         )
-        ratios = np.minimum(before, now) / usual
+        ratios = (now if is_last else np.minimum(before, now)) / usual
         slowest = int(ratios.argmax())
         if ratios[slowest] > SLOW_RATIO and np.median(np.delete(ratios, slowest)) < STEADY_RATIO:
             if slowest not in self._named:

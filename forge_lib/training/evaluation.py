@@ -45,10 +45,11 @@ def evaluation_rows(
         batch_size: sequences per forward pass.
         barrier: waits for the other processes before the sums are gathered; it may take up to an hour.
         use_copy: of `evaluation_mode`.
-        shares: how many blocks each process takes in turn, by rank; empty: one each.
+        shares: each process evaluates a part of this size relative to the others, by rank; empty: equal parts.
     """
-    turns = np.repeat(np.arange(accelerator.num_processes), shares or 1)
-    mine = Subset(dataset, np.flatnonzero(np.resize(turns, len(dataset)) == accelerator.process_index).tolist())
+    parts = np.cumsum([0, *(shares or [1] * accelerator.num_processes)])
+    start, stop = np.rint(parts * len(dataset) / parts[-1]).astype(int)[accelerator.process_index :][:2]
+    mine = Subset(dataset, range(start, stop))
     sums = torch.zeros(3, dtype=torch.float64)
     shown = ProgressBar("evaluating", -(-len(mine) // batch_size), "batch", accelerator.is_main_process)
     with evaluation_mode(accelerator.unwrap_model(model), use_copy) as evaluated, shown as progress:

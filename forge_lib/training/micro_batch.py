@@ -1,10 +1,10 @@
 """The largest micro-batch that a process can hold: `--micro-batch-size auto`."""
 
+import contextlib
 import dataclasses
-import logging
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -12,14 +12,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
 from torch import nn
+from torch.utils.data import Dataset
 
 from forge_lib.config import AUTO, TrainConfig
+from forge_lib.data.batches import read_batch
+from forge_lib.errors import UserError
 from forge_lib.models.loss import loss_sum
 from forge_lib.training.balance import Balancer
+from forge_lib.training.inputs import Inputs
 from forge_lib.training.memory import PeakMemory
 from forge_lib.training.session import Session
-
-logger = logging.getLogger("forge")
 
 USED_SHARE = 0.8  # of the free memory; the rest is for the saver, the evaluation and other programs
 STATES = 3  # vectors as large as the trained weights: gradient, and two moments of AdamW
@@ -31,7 +33,36 @@ CGROUPS = {
 }
 
 
-def largest_micro_batch(accelerator: Accelerator, model: nn.Module, sequence_length: int, most: int) -> int:
+def choose_micro_batch(
+    session: Session, accelerator: Accelerator, inputs: Inputs, balancer: Balancer
+) -> tuple[Session, TrainConfig]:
+    """Returns the session and its configuration, with the measured micro-batch size if the flag is auto.
+
+    Call on all processes.
+
+    Args:
+        session, accelerator: the processes.
+        inputs: the model, which is moved to the device, and the data.
+        balancer: has the shares of the processes.
+
+    Raises:
+        UserError: not even one sequence fits into the memory of a GPU.
+    """
+    config, rank = session.config, accelerator.process_index
+    if config.micro_batch_size != AUTO:
+        return session, config
+    session.peers.set_status("measuring its memory")
+    session.peers.barrier("memory/loaded")
+    free = free_memory(session.world.num_local_processes)
+    session.peers.barrier("memory/read")  # the passes of other processes need some of it
+    most = config.batch_size if balancer.is_on else balancer.shares[rank]
+    size = largest_micro_batch(accelerator, inputs.model, inputs.dataset, most, free)
+    print(f"process {rank}: micro-batches of up to {size} sequences", file=sys.stderr, flush=True)
+    config = dataclasses.replace(config, micro_batch_size=size)
+    return dataclasses.replace(session, config=config), config
+
+
+def largest_micro_batch(accelerator: Accelerator, model: nn.Module, dataset: Dataset, most: int, free: int) -> int:
     """Returns how many sequences a forward and a backward pass may have, from 1 to `most`.
 
     On a CPU it measures the memory that one and two sequences need, and computes the rest: running out of memory would
@@ -40,67 +71,64 @@ def largest_micro_batch(accelerator: Accelerator, model: nn.Module, sequence_len
     Args:
         accelerator: the processes.
         model: unwrapped; it is moved to the device.
-        sequence_length: tokens per sequence.
+        dataset: a BlockDataset.
         most: sequences of this process in a step.
+        free: bytes of main memory that this process may still allocate.
+
+    Raises:
+        UserError: not even one sequence fits into the memory of a GPU.
     """
     model.to(accelerator.device)
     buffers = [each.clone() for each in model.buffers()]  # a pass may change them, as a batch norm does
+
+    def compute(size: int) -> None:
+        batch = {name: tensor.to(accelerator.device) for name, tensor in read_batch(dataset, [0] * size).items()}
+        with torch.compiler.set_stance("force_eager"), accelerator.autocast():
+            loss = loss_sum(model, batch)
+        loss.backward()
+
+    states = STATES * sum(each.nbytes for each in model.parameters() if each.requires_grad)
     if accelerator.device.type == "cuda":
-        size = _try_on_gpu(accelerator, model, sequence_length, most)
+        size = _try_on_gpu(accelerator.device, compute, states, most)
     else:
-        size = _estimate(accelerator, model, sequence_length, most)
+        size = _estimate(accelerator, model, compute, most, USED_SHARE * free - states)
     model.zero_grad(set_to_none=True)
-    for buffer, before in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
+    with torch.no_grad():
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
     return size
 
 
-def choose_micro_batch(
-    session: Session, accelerator: Accelerator, model: nn.Module, balancer: Balancer
-) -> tuple[Session, TrainConfig]:
-    """Returns the session and its configuration, with the measured micro-batch size if the flag is auto.
-
-    Args:
-        session, accelerator: the processes.
-        model: unwrapped.
-        balancer: has the shares of the processes; one that changes later needs no other size.
-    """
-    if session.config.micro_batch_size != AUTO:
-        return session, session.config
-    most = session.config.batch_size if balancer.is_on else balancer.shares[accelerator.process_index]
-    size = largest_micro_batch(accelerator, model, session.config.sequence_length, most)
-    print(f"process {accelerator.process_index}: micro-batches of up to {size} sequences", file=sys.stderr, flush=True)
-    config = dataclasses.replace(session.config, micro_batch_size=size)
-    return dataclasses.replace(session, config=config), config
-
-
-def _pass(accelerator: Accelerator, model: nn.Module, sequence_length: int, size: int) -> None:
-    ids = torch.zeros(size, sequence_length, dtype=torch.int64, device=accelerator.device)
-    with accelerator.autocast():
-        loss = loss_sum(model, {"input_ids": ids, "labels": ids})
-    loss.backward()
-
-
-def _try_on_gpu(accelerator: Accelerator, model: nn.Module, sequence_length: int, most: int) -> int:
-    states = STATES * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    reserved = torch.empty(states, dtype=torch.uint8, device=accelerator.device)  # those of the optimizer come later
-
-    @find_executable_batch_size(starting_batch_size=most)
-    def run(size: int) -> int:
-        _pass(accelerator, model, sequence_length, size)
-        return size
-
-    size = run()
-    del reserved
+def _try_on_gpu(device: torch.device, compute: Callable[[int], None], states: int, most: int) -> int:
     torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0]
+    size = 0
+    with contextlib.suppress(torch.OutOfMemoryError):
+        # The states of the optimizer come later, and so do the buffers of NCCL.
+        reserved = torch.empty(states + int((1 - USED_SHARE) * free), dtype=torch.uint8, device=device)
+
+        @find_executable_batch_size(starting_batch_size=most)
+        def run(size: int) -> int:
+            compute(size)
+            return size
+
+        with contextlib.suppress(RuntimeError):  # accelerate's, at size 0
+            size = run()
+        del reserved
+    torch.cuda.empty_cache()
+    if not size:
+        raise UserError(
+            f"--micro-batch-size auto: not even one sequence fits into the {free / 1e9:.1f} GB that are free on "
+            f"{device}; shorten --sequence-length, or use a smaller model"
+        )
     return size
 
 
-def _estimate(accelerator: Accelerator, model: nn.Module, sequence_length: int, most: int) -> int:
+def _estimate(
+    accelerator: Accelerator, model: nn.Module, compute: Callable[[int], None], most: int, free: float
+) -> int:
     memory, used = PeakMemory(accelerator.device), psutil.Process().memory_info().rss
-    states = STATES * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    free = USED_SHARE * free_memory() - states
-    kept = _bytes_kept(accelerator, model, sequence_length)
+    kept = _bytes_kept(model, compute)
     first = max(memory.pop() - used, kept)
     if free < first:
         print(
@@ -111,12 +139,12 @@ def _estimate(accelerator: Accelerator, model: nn.Module, sequence_length: int, 
         )
     if most == 1 or free < 2 * first:
         return 1
-    _pass(accelerator, model, sequence_length, 2)
+    compute(2)
     per_sequence = max(memory.pop() - used - first, kept, 1)
     return max(1, min(most, 1 + int((free - first) // per_sequence)))
 
 
-def _bytes_kept(accelerator: Accelerator, model: nn.Module, sequence_length: int) -> int:
+def _bytes_kept(model: nn.Module, compute: Callable[[int], None]) -> int:
     """Returns how much a forward pass of one sequence keeps for the backward pass, which then runs too.
 
     Memory that the process has freed earlier, but still holds, hides a part of it from a measurement of the process.
@@ -128,14 +156,17 @@ def _bytes_kept(accelerator: Accelerator, model: nn.Module, sequence_length: int
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _pass(accelerator, model, sequence_length, 1)
+        compute(1)
     weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
     return sum(size for place, size in kept.items() if place not in weights)
 
 
-def free_memory() -> int:
-    """Returns how many bytes this process may still allocate: of the machine, of its cgroups, and by its own limit."""
-    free = [psutil.virtual_memory().available, *_free_in_cgroups()]
+def free_memory(num_local_processes: int = 1) -> int:
+    """Returns how many bytes this process may still allocate: of the machine, of its cgroups, and by its own limit.
+
+    Machine and cgroups are divided among the processes of this machine.
+    """
+    free = [each // num_local_processes for each in (psutil.virtual_memory().available, *_free_in_cgroups())]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         free.append(limit - psutil.Process().memory_info().vms)

@@ -90,7 +90,7 @@ class Run:
         self.config, self.step, self.stopped_by = config, 0, ""
         self.extra_state: dict[str, dict] = {}
         self._contexts, self._progress = ExitStack(), ExitStack()
-        self._saving, self._final = None, None  # the final model that is to be uploaded
+        self._saving, self._final = None, None  # the folder of the final model, on the main process
         self._evaluated: tuple[int, dict] = (-1, {})  # the step and the results of the last evaluation
 
     def __enter__(self) -> "Run":
@@ -110,7 +110,7 @@ class Run:
 
     def __exit__(self, *error) -> bool | None:
         is_handled = self._contexts.__exit__(*error)
-        if self._final and not any(error):  # here: it may take hours, and nobody waits for it
+        if self._final and self.config.push_to_hub and not any(error):  # here: it may take hours
             push_to_hub(self._final, self.config.push_to_hub)
         return is_handled
 
@@ -126,7 +126,7 @@ class Run:
         Raises:
             UserError: the machines differ in something that must be equal, or the run folder cannot be used.
         """
-        self.balancer = Balancer(self.config, self.world.num_processes)
+        self.balancer = Balancer(self.config, self.world)
         self.session = join(self.config, self.world, self.peers, self._lock)
         self.config = self.session.config  # with the values that were chosen
         return self.session.accelerator_arguments() | {"log_with": choose_trackers(self.config, self.world) or None}
@@ -140,7 +140,7 @@ class Run:
         check_world(self.world, accelerator.num_processes)
         logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
         self.accelerator, self.inputs = accelerator, load_inputs(self.session)
-        self.session, self.config = choose_micro_batch(self.session, accelerator, self.inputs.model, self.balancer)
+        self.session, self.config = choose_micro_batch(self.session, accelerator, self.inputs, self.balancer)
         if self.inputs.eval_dataset and self.config.eval_every:
             import forge_lib.training.evaluation_metrics  # noqa: F401 (slow, or broken: now rather than at the first evaluation)
         return self.inputs
@@ -231,8 +231,9 @@ class Run:
 
     def micro_batches(self, batch: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
         """Yields (micro-batch on the device, whether it is the last one), of up to --micro-batch-size sequences."""
-        with torch.compiler.set_stance("force_eager" if self._is_short else "default"):
-            for each, is_last in micro_batches(batch, self.config.micro_batch_size):
+        for each, is_last in micro_batches(batch, self.config.micro_batch_size):
+            is_odd = self._is_short or (self.balancer.is_on and len(each["input_ids"]) != self.config.micro_batch_size)
+            with torch.compiler.set_stance("force_eager" if is_odd else "default"):  # compiled for whole ones
                 yield {name: t.to(self.accelerator.device, non_blocking=True) for name, t in each.items()}, is_last
         self.step_log.sync.backward_done()
 
@@ -358,15 +359,14 @@ class Run:
         self.peers.set_status("finishing")
         self._saving.saver.wait()
         self._saving.report()
+        self._write_run_json()
         if self.stopped_by:
             self.log.write(step=self.step, event="stop", reason=self.stopped_by)
         elif self.accelerator.is_main_process:
-            self._write_run_json()
             from forge_lib.training.finishing import write_results  # matplotlib and others: slow to import
 
-            results = {"steps": self.step, **self._evaluated[1]}
-            final = write_results(self.config, self.inputs, self.session.folder, results)
-            self._final = final if self.config.push_to_hub else None
+            figures = {"steps": self.step} | self._evaluated[1]
+            self._final = write_results(self.config, self.inputs, self.session.folder, figures)
         self._saving.finish_running("saves")
         self.peers.barrier("end")
         if self.stopped_by:

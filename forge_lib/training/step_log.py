@@ -78,6 +78,10 @@ class StepLog:
         everyones = gather(torch.tensor([own or math.nan], dtype=sum_dtype(device), device=device))
         self._throughput.peak_flops = everyones.sum().item()
 
+    def measure_own_time(self) -> None:
+        """Records how long this process has computed, if `step_done` does not follow."""
+        self.own_seconds = self.sync.pop()[2]
+
     def batch_read(self) -> None:
         """Records that the step's batch is in memory."""
         self._data_seconds = time.perf_counter() - self._start
@@ -121,7 +125,7 @@ class StepLog:
             "mfu": mfu,
             "peak_memory_bytes": peak_memory or None,
             "num_processes": self.accelerator.num_processes,
-            "shares": self._balancer.shares,
+            "shares": self._balancer.used,
             "sequences_per_second": self._balancer.sequences_per_second(),
         }
         self.log.write(**row)
@@ -155,12 +159,14 @@ class StepLog:
         return int(everyones[:, 0].max()), everyones[:, 1].tolist()
 
     def _log_straggler(self, step: int, seconds: list[float]) -> None:
-        straggler = None if self._balancer.is_on else find_straggler(seconds)
-        if straggler:
+        if self._balancer.is_on and not self._balancer.is_settled:
+            return
+        if straggler := find_straggler(seconds):
+            how = "see what else runs there" if self._balancer.is_on else "--balance auto gives it less"
             host = self.session.hosts[straggler.process]
             logger.warning(
                 f"step {step}: the others wait for process {straggler.process} on {host}, which takes "
-                f"{straggler.ratio:.1f} times as long; --balance auto gives it less"
+                f"{straggler.ratio:.1f} times as long; {how}"
             )
             self.log.write(step=step, event="straggler", process=straggler.process, host=host, ratio=straggler.ratio)
 

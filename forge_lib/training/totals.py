@@ -28,8 +28,11 @@ class StepTotals:
         stopping = torch.full_like(loss, float(must_stop))  # without a copy from main memory
         self._totals = torch.stack([loss, stopping])
         if times:
-            self._totals = torch.cat([self._totals, torch.tensor(times, dtype=dtype).to(loss.device)])
-        self._num_times = len(times)
+            summed = torch.zeros(len(times), dtype=dtype, device=loss.device)
+            for n, value in enumerate(times):
+                if value:
+                    summed[n] = value  # without a copy from main memory
+            self._totals = torch.cat([self._totals, summed])
         self._work = dist.all_reduce(self._totals, async_op=True) if dist.is_initialized() else None
 
     def wait(self, other: torch.Tensor) -> tuple[float, float, float, list[float]]:

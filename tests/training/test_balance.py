@@ -9,6 +9,7 @@ import pytest
 from forge_lib.config import TrainConfig
 from forge_lib.data.batches import fit_shares
 from forge_lib.errors import UserError
+from forge_lib.process import World
 from forge_lib.training.balance import SKIPPED_STEPS, WINDOW, Balancer
 
 
@@ -16,12 +17,10 @@ def make(batch_size: int, count: int, **flags) -> tuple[Balancer, list[dict]]:
     """Returns a balancer of processes on machines of their own, and the events that it logs."""
     events: list[dict] = []
     config = TrainConfig(model_name="-", dataset_path="-", output_dir="-", batch_size=batch_size, **flags)
-    balancer = Balancer(config, count)
+    balancer = Balancer(config, World(0, count))
     hosts = [f"host{n}" for n in range(count)]
-    processes = [SimpleNamespace(host=host, device_name="cpu", machine=n) for n, host in enumerate(hosts)]
-    session = SimpleNamespace(
-        hosts=hosts, world=SimpleNamespace(process_index=0), agreement=SimpleNamespace(processes=processes)
-    )
+    processes = [SimpleNamespace(host=host, device_name="cpu") for host in hosts]
+    session = SimpleNamespace(hosts=hosts, agreement=SimpleNamespace(processes=processes))
     balancer.start(session, SimpleNamespace(write=lambda **row: events.append(row)), {}, {})
     return balancer, events
 
@@ -94,22 +93,18 @@ def test_fixed_costs_do_not_make_the_shares_oscillate():
 def test_it_is_on_by_itself_only_with_several_machines_and_never_with_given_shares():
     assert make(16, 2)[0].is_on and not make(16, 2, shares="1:1")[0].is_on and not make(16, 2, balance="even")[0].is_on
     config = TrainConfig(model_name="-", dataset_path="-", output_dir="-", batch_size=16)
-    alone = Balancer(config, 2)
-    processes = [SimpleNamespace(host="a", device_name="cpu", machine=0)] * 2
-    session = SimpleNamespace(world=SimpleNamespace(process_index=0), agreement=SimpleNamespace(processes=processes))
-    alone.start(session, None, {}, {})
-    assert not alone.is_on and alone.own_times(1.0) == []
+    assert not Balancer(config, World(0, 2, num_local_processes=2)).is_on
 
 
 def test_with_auto_any_batch_can_be_divided_but_shares_cannot_be_given():
     flags = {"model_name": "-", "dataset_path": "-", "output_dir": "-", "batch_size": 8}
-    assert sorted(Balancer(TrainConfig(**flags, balance="auto"), 3).shares) == [2, 3, 3]
+    assert sorted(Balancer(TrainConfig(**flags, balance="auto"), World(0, 3)).shares) == [2, 3, 3]
     with pytest.raises(UserError, match="cannot be divided"):
-        Balancer(TrainConfig(**flags), 3)
+        Balancer(TrainConfig(**flags), World(0, 3, num_local_processes=3))
     with pytest.raises(UserError, match="cannot be divided"):
-        Balancer(TrainConfig(**flags, balance="auto"), 9)
+        Balancer(TrainConfig(**flags, balance="auto"), World(0, 9))
     with pytest.raises(UserError, match="exclude each other"):
-        Balancer(TrainConfig(**flags, balance="auto", shares="3:1"), 2)
+        Balancer(TrainConfig(**flags, balance="auto", shares="3:1"), World(0, 2))
 
 
 def test_a_resumed_run_begins_with_the_shares_of_its_checkpoint_in_the_same_world_only():

@@ -39,7 +39,7 @@ def test_the_tightest_limit_counts_of_a_cgroup_and_those_around_it(
         (folder / limit).write_text(f"{most}\n")
         (folder / use).write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 1\n{cache} {cached}\n")
-    assert micro_batch.free_memory() == 2_000_000
+    assert micro_batch.free_memory() == 2_000_000 and micro_batch.free_memory(2) == 1_000_000
     (b.parent / limit).write_text("max\n")
     assert micro_batch.free_memory() == 4_500_000
 
@@ -50,13 +50,14 @@ def test_the_limit_of_the_address_space_counts(monkeypatch, no_cgroups):
     assert micro_batch.free_memory() == pytest.approx(50_000_000, abs=40_000_000)
 
 
-def test_the_size_follows_the_free_memory_and_the_model_is_as_before(monkeypatch):
+def test_the_size_follows_the_free_memory_and_the_model_is_as_before():
     model = load_model(parse_config(TrainConfig, REQUIRED), 100, 256)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sizes = []
+    block = torch.arange(256) % 100
+    dataset = [{"input_ids": block, "labels": block}]
     for free in (0, 60_000_000, 150_000_000, 20_000_000_000):
-        monkeypatch.setattr(micro_batch, "free_memory", lambda free=free: free)
-        sizes.append(micro_batch.largest_micro_batch(Accelerator(cpu=True), model, 256, 64))
+        sizes.append(micro_batch.largest_micro_batch(Accelerator(cpu=True), model, dataset, 64, free))
     assert sizes[0] == 1 and sizes == sorted(sizes) and 1 < sizes[2] < sizes[3] == 64
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -27,12 +27,12 @@ def unequal_step_done(self, step: int, *args) -> None:
     plan, rank = json.loads(os.environ.get("SPEEDS", "{}")), self.accelerator.process_index
     if plan:
         speeds = plan[max((begin for begin in plan if int(begin) < step), key=int)]
-        self.own_seconds = self._balancer._used[rank] / speeds[rank]
+        self.own_seconds = self._balancer.used[rank] / speeds[rank]
     if rank == 1 and step == int(os.environ.get("KILL_AT", -1)):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 StepLog.step_done = unequal_step_done
 if "FREE_MEMORY" in os.environ and os.environ.get("RANK") == "1":
-    micro_batch.free_memory = lambda: int(os.environ["FREE_MEMORY"])
+    micro_batch.free_memory = lambda num_local_processes: int(os.environ["FREE_MEMORY"])
 runpy.run_path(str(TRAIN), run_name="__main__")
