@@ -122,11 +122,7 @@ def load_inputs(session: Session) -> Inputs:
         "initial_weights": "random" if is_random else weights
     }
     notes = ["random weights" + (" (--from-scratch)" if config.from_scratch else ": the model folder has none")]
-    notes = (
-        (notes if is_random else [])
-        + [describe_loss(model, session.device)]
-        + describe_store(store, tokenizer, config)
-    )
+    notes = (notes if is_random else []) + [describe_loss(model)] + describe_store(store, tokenizer, config)
     if eval_store is not store:
         eval_data = dataclasses.replace(config, dataset_path=config.eval_dataset_path, eval_dataset_path="")
         notes += describe_store(eval_store, tokenizer, eval_data)

@@ -13,8 +13,9 @@ def numbers(*shape: int) -> torch.Tensor:
 
 @pytest.fixture
 def small_slices(monkeypatch):
-    """Slices of three predictions."""
-    monkeypatch.setattr(chunked_loss, "slice_rows", lambda vocab_size, device: 3)
+    """Slices of three predictions, and of the weights' gradient in pieces of four rows."""
+    monkeypatch.setattr(chunked_loss, "slice_rows", lambda vocab_size, device, dtype: 3)
+    monkeypatch.setattr(chunked_loss, "PIECE_ROWS", 4)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
