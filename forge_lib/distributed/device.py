@@ -6,6 +6,7 @@ import socket
 import torch
 from accelerate.utils import str_to_bool
 
+from forge_lib.distributed.allocator import keep_freed_memory
 from forge_lib.distributed.threads import set_threads
 from forge_lib.errors import UserError
 from forge_lib.process import World
@@ -15,7 +16,7 @@ CPU_TOKENS = 1024  # of a forward pass on a CPU
 
 
 def choose_device(wanted: str, world: World) -> str:
-    """Returns "cuda" and makes this process's GPU the current one; or "cpu" and sets the number of threads; or "mps".
+    """Returns "cuda" and makes this process's GPU the current one; or "cpu" and sets its threads and allocator; or "mps".
 
     "mps" is for one process on a Mac.
 
@@ -33,6 +34,7 @@ def choose_device(wanted: str, world: World) -> str:
         if not use_cpu and world.num_processes == 1 and torch.backends.mps.is_available():
             return "mps"
         set_threads(world)
+        keep_freed_memory()
         return "cpu"
     if world.num_local_processes > torch.cuda.device_count():
         raise UserError(

@@ -1,0 +1,32 @@
+"""Memory that is freed is used again, without help of the system."""
+
+import platform
+import resource
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT
+
+PROGRAM = """
+import resource, torch
+from forge_lib.distributed.allocator import keep_freed_memory
+{call}
+torch.ones(1 << 25)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(call: str) -> int:
+    """Returns the page faults of an allocation of 64 MiB, after one of 128 MiB that was freed."""
+    command = [sys.executable, "-c", PROGRAM.format(call=call)]
+    return int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only for glibc")
+def test_freed_memory_is_not_returned_to_the_system():
+    pages = (1 << 26) // resource.getpagesize()
+    assert page_faults("pass") > pages / 600, "even with pages of 2 MiB"
+    assert page_faults("keep_freed_memory()") == 0
