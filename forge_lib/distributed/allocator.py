@@ -12,8 +12,9 @@ def keep_freed_memory() -> None:
     """Makes glibc keep memory that is freed for the next allocation, instead of returning it to the system.
 
     Otherwise each step gets the memory of its large tensors from the system again, which clears it page by page.
-    Measured on two cores: a step of GPT-2 124M took 4 to 9 % less time with the same peak of memory; with two layers of
-    width 384 and the same vocabulary, 9 to 18 % less time and 5 to 7 % more memory. Does nothing with another C library.
+    Measured on two cores: a step of GPT-2 124M took 4 to 9 % less time with the same peak of memory; with two layers
+    of width 384 and the same vocabulary, 9 to 18 % less time and 5 to 7 % more memory. Does nothing with another C
+    library.
     """
     if platform.libc_ver()[0] != "glibc":
         return

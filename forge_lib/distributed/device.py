@@ -16,7 +16,7 @@ CPU_TOKENS = 1024  # of a forward pass on a CPU
 
 
 def choose_device(wanted: str, world: World) -> str:
-    """Returns "cuda" and makes this process's GPU the current one; or "cpu" and sets its threads and allocator; or "mps".
+    """Returns "cuda" and makes this process's GPU the current one; or "cpu" and sets threads and allocator; or "mps".
 
     "mps" is for one process on a Mac.
 

@@ -27,6 +27,5 @@ def page_faults(call: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only for glibc")
 def test_freed_memory_is_not_returned_to_the_system():
-    pages = (1 << 26) // resource.getpagesize()
-    assert page_faults("pass") > pages / 600, "even with pages of 2 MiB"
-    assert page_faults("keep_freed_memory()") == 0
+    few = (1 << 26) // resource.getpagesize() / 600  # pages may have 2 MiB, which is 512 times as much
+    assert page_faults("keep_freed_memory()") < few < page_faults("pass")
