@@ -25,6 +25,7 @@ CHECK_EVERY = 3  # steps; a check takes half a millisecond
 # The shares change if the mean step becomes faster by a factor, in each half of the last steps. A large gain is taken
 # soon. A small one must last: a machine's own speed often changes by a few percent for a dozen steps.
 RULES = ((12, 1.25), (48, 1.05))  # number of steps, factor
+CALM_STEPS, CALM_GAIN = 60, 1.4  # soon after a change, the next one needs a gain that only another speed explains
 MIN_SIGMAS = 4  # the mean gain must have so many standard errors: noise alone gives less
 WINDOW = 6  # steps, of the logged speeds and of the warning about a slow process
 USUAL_STEPS = 200  # with which a process is compared:
@@ -59,7 +60,7 @@ class Balancer:
             self.shares = divide_batch(config.batch_size, config.shares, world.num_processes)
         self.used, self._origin = self.shares, ""
         self._config, self._rank = config, world.process_index
-        self._num_steps = 0
+        self._num_steps, self._changed_at = 0, -CALM_STEPS
         # Seconds per sequence, by rank, of the last steps
         self._times: deque[np.ndarray] = deque(maxlen=RULES[-1][0])  # with these shares, for the next change
         self._usual_times: deque[np.ndarray] = deque(maxlen=USUAL_STEPS)  # with these shares, to find a slower process
@@ -117,7 +118,9 @@ class Balancer:
         if self._num_steps % CHECK_EVERY:
             return
         self._warn_of_slow(step)
-        for num_steps, min_gain in RULES:
+        least_gain = CALM_GAIN if self._num_steps - self._changed_at < CALM_STEPS else 1.0
+        for num_steps, rule_gain in RULES:
+            min_gain = max(rule_gain, least_gain)
             if len(self._times) >= num_steps and self._try_change(step, np.array(self._times)[-num_steps:], min_gain):
                 return
 
@@ -156,7 +159,7 @@ class Balancer:
         self._log.write(
             step=step, event="shares", before=self.shares, shares=shares, seconds_per_sequence=seconds.tolist()
         )
-        self.shares = shares
+        self.shares, self._changed_at = shares, self._num_steps
         self._extra_state["balance"] = {"shares": shares}  # a new one: a save may still write the old one
         self._times.clear()
         self._usual_times.clear()  # a small share takes longer per sequence

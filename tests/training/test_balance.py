@@ -84,6 +84,17 @@ def test_a_machine_that_slows_down_gives_its_share_away_within_20_steps_and_is_n
     assert caplog.text.count("times as long as before") == 1 and "process 1 on host1" in caplog.text
 
 
+def test_soon_after_a_change_only_a_large_gain_changes_the_shares_again():
+    for speed, num_changes in ((1 / 4.2, 0), (1.0, 1)):
+        balancer, events = make(16, 2)
+        run(balancer, [1.0, 1 / 3], 20)
+        assert [row["shares"] for row in events] == [[12, 4]]
+        run(balancer, [1.0, speed], 50)
+        assert len(events) - 1 == num_changes
+    run(balancer, [1.0, 1 / 1.4], 70)
+    assert len(events) == 3, "later, a small gain is enough"
+
+
 def test_fixed_costs_do_not_make_the_shares_oscillate():
     balancer, events = make(16, 2)
     run(balancer, [3.0, 1.0], 300, noise=0.03, fixed=1.0)
