@@ -133,7 +133,8 @@ def make_run(config: CheckConfig, cluster: Cluster) -> TrainConfig:
     if config.model_name and is_fixed(config, cluster):
         divide_batch(config.batch_size, config.shares, cluster.num_processes)
     device = cluster.device_of(cluster.main)
-    chosen = choose_micro_batch_size(device, config.sequence_length, len(cluster.machines))
+    precision = cluster.mixed_precision if config.mixed_precision == "auto" else config.mixed_precision
+    chosen = choose_micro_batch_size(device, config.sequence_length, precision, len(cluster.machines))
     return TrainConfig(
         model_name=config.model_name,
         trust_remote_code=config.trust_remote_code,
@@ -144,7 +145,7 @@ def make_run(config: CheckConfig, cluster: Cluster) -> TrainConfig:
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size or chosen,
         shares=config.shares,
-        mixed_precision=cluster.mixed_precision if config.mixed_precision == "auto" else config.mixed_precision,
+        mixed_precision=precision,
     )
 
 

@@ -105,11 +105,12 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         )
         check_world(world, accelerator.num_processes)
         model.to(accelerator.device)
+        chosen = choose_micro_batch_size(device, config.sequence_length, agreement.mixed_precision)
         results = evaluate_model(
             accelerator,
             model,
             dataset,
-            config.micro_batch_size or choose_micro_batch_size(device, config.sequence_length),
+            config.micro_batch_size or chosen,
             tokens_per_byte=store.manifest["num_tokens"] / store.manifest["num_text_bytes"],
             barrier=lambda: peers.barrier("evaluated"),
         )

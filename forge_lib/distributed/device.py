@@ -13,6 +13,7 @@ from forge_lib.process import World
 
 MICRO_BATCH_SIZE = 8
 CPU_TOKENS = 1024  # of a forward pass on a CPU
+CPU_TOKENS_BF16 = 2048  # each pass rounds the weights to bf16
 
 
 def choose_device(wanted: str, world: World) -> str:
@@ -45,7 +46,7 @@ def choose_device(wanted: str, world: World) -> str:
     return "cuda"
 
 
-def choose_micro_batch_size(device: str, sequence_length: int, num_machines: int = 1) -> int:
+def choose_micro_batch_size(device: str, sequence_length: int, precision: str, num_machines: int = 1) -> int:
     """Returns how many sequences a forward pass has, if the user does not say it: 8, or fewer on CPUs.
 
     A CPU is fastest, and needs least memory, if its cache holds what a layer computes. But with several machines,
@@ -54,9 +55,11 @@ def choose_micro_batch_size(device: str, sequence_length: int, num_machines: int
     Args:
         device: "cpu", "cuda" or another one; "auto": a GPU if there is one.
         sequence_length: tokens per sequence.
+        precision: --mixed-precision: "no", "bf16" or "fp16"; "auto": it is not known yet.
         num_machines: that train together.
     """
     is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     if not is_cpu or num_machines > 1:
         return MICRO_BATCH_SIZE
-    return min(MICRO_BATCH_SIZE, max(1, CPU_TOKENS // sequence_length))
+    tokens = CPU_TOKENS_BF16 if precision == "bf16" else CPU_TOKENS
+    return min(MICRO_BATCH_SIZE, max(1, tokens // sequence_length))

@@ -127,7 +127,8 @@ def join(config: TrainConfig, world: World, peers: Peers, lock: RunLock) -> Sess
         torch.set_float32_matmul_precision("high")  # what remains in fp32 may be rounded, too: TF32
     if not config.micro_batch_size:
         num_machines = len({process.machine for process in agreement.processes})
-        size = choose_micro_batch_size(device, config.sequence_length, num_machines)
+        precision = agreement.mixed_precision
+        size = choose_micro_batch_size(device, config.sequence_length, precision, num_machines)
         config = dataclasses.replace(config, micro_batch_size=size)
     # The main machine first: on a disk that machines share, it is the one that gets the lock.
     for is_main_turn in (True, False):

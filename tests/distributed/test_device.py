@@ -7,16 +7,19 @@ from forge_lib.distributed.device import choose_micro_batch_size
 
 
 @pytest.mark.parametrize(
-    "device, sequence_length, num_machines, expected",
+    "device, sequence_length, precision, num_machines, expected",
     [
-        ("cpu", 256, 1, 4),
-        ("cpu", 64, 1, 8),
-        ("cpu", 4096, 1, 1),
-        ("auto", 256, 1, 4),
-        ("cpu", 256, 2, 8),  # the last backward pass hides the exchange
-        ("cuda", 256, 1, 8),
+        ("cpu", 256, "no", 1, 4),
+        ("cpu", 256, "bf16", 1, 8),
+        ("cpu", 64, "no", 1, 8),
+        ("cpu", 4096, "bf16", 1, 1),
+        ("auto", 256, "no", 1, 4),
+        ("cpu", 256, "no", 2, 8),  # the last backward pass hides the exchange
+        ("cuda", 256, "no", 1, 8),
     ],
 )
-def test_a_forward_pass_on_a_cpu_fits_its_cache(monkeypatch, device, sequence_length, num_machines, expected):
+def test_a_forward_pass_on_a_cpu_fits_its_cache(
+    monkeypatch, device, sequence_length, precision, num_machines, expected
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_micro_batch_size(device, sequence_length, num_machines) == expected
+    assert choose_micro_batch_size(device, sequence_length, precision, num_machines) == expected
