@@ -5,7 +5,7 @@
 Peers are simulated in one process, one after the other, with the code that real peers run: ledger, codecs, exchange
 (in memory), outer optimizer. The model is the bundled one, trained with one global batch for a while; the text is
 Python's own library. Held-out loss after the same number of tokens. The baseline is one model with the global batch
-of all peers, which is H = 1 without compression. Prints a table with the mean over the seeds. Cases that the output
+of all peers, which is H = 1 without compression. Prints tables with the means over the seeds. Cases that the output
 file has already are not run again; beside it lie the text and the trained models.
 """
 
@@ -278,6 +278,24 @@ def held_out_loss(model: torch.nn.Module, dataset) -> float:
     return loss / count
 
 
+def print_table(
+    found: dict[str, dict[str, float]], optimizer: str, peers: int, args: argparse.Namespace, outer: tuple | None
+) -> None:
+    """Prints the mean losses over the seeds, and how much they are above those of one global batch; nan: not run."""
+
+    def mean(every: int, compression: str) -> float:
+        losses = found.get(Case(peers, every, compression, optimizer, 0, outer).name, {}).values()
+        return statistics.mean(losses) if losses else float("nan")
+
+    baseline = mean(0, "")
+    print(f"\n{optimizer}, {peers} peers; one global batch: {baseline:.4f}\n")
+    print("| steps of a round |", *(f"{each} |" for each in args.compressions))
+    print("| --- " * (1 + len(args.compressions)) + "|")
+    for every in filter(None, args.sync_every):
+        losses = [mean(0 if every == 1 and each == "no" else every, each) for each in args.compressions]
+        print(f"| {every} |", *(f"{loss:.4f}, {loss / baseline - 1:+.1%} |" for loss in losses))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file with the losses")
@@ -317,9 +335,8 @@ def main() -> None:
             found.setdefault(case.name, {})[str(case.seed)] = loss
             print(case.name, case.seed, f"{loss:.4f}", flush=True)
             args.output.write_text(json.dumps(found, indent=1))
-    for name, losses in found.items():
-        values = losses.values()
-        print(f"| {name} | {statistics.mean(values):.4f} | {' '.join(f'{loss:.4f}' for loss in values)} |")
+    for optimizer, peers in itertools.product(args.optimizers, args.peers):
+        print_table(found, optimizer, peers, args, outer)
 
 
 if __name__ == "__main__":
