@@ -16,8 +16,16 @@ def keep_freed_memory() -> None:
     of width 384 and the same vocabulary, 9 to 18 % less time and 5 to 7 % more memory. Does nothing with another C
     library.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_TRIM_THRESHOLD, NEVER)
-    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_INT_POWER)
+    if libc := _glibc():
+        libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_INT_POWER)
+
+
+def return_freed_memory() -> None:
+    """Returns to the system what is free now, so that the process's memory is what it uses."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from forge_lib.config import AUTO, TrainConfig
 from forge_lib.data.batches import read_batch
+from forge_lib.distributed.allocator import return_freed_memory
 from forge_lib.errors import UserError
 from forge_lib.models.loss import loss_sum
 from forge_lib.training.balance import Balancer
@@ -52,6 +53,7 @@ def choose_micro_batch(
     if config.micro_batch_size != AUTO:
         return session, config
     session.peers.set_status("measuring its memory")
+    return_freed_memory()
     session.peers.barrier("memory/loaded")
     free = free_memory(session.world.num_local_processes)
     session.peers.barrier("memory/read")  # the passes of other processes need some of it
