@@ -94,7 +94,8 @@ class Machines:
 
     def __exit__(self, *_: Any) -> None:
         for process in self._running:
-            kill_process_tree(psutil.Process(process.pid))
+            if process.poll() is None:
+                kill_process_tree(psutil.Process(process.pid))
             process.wait()
         self.hosts.close()
 
@@ -118,11 +119,14 @@ class Machines:
         """Waits until a condition holds.
 
         Raises:
-            RuntimeError: a program has ended, or an hour has passed; with the end of their logs.
+            RuntimeError: a program has failed, or all have ended, or an hour has passed; with the end of their logs.
         """
         end = time.monotonic() + LIMIT_SECONDS
-        while not condition():
-            if time.monotonic() > end or any(process.poll() is not None for process in self._running):
+        while True:
+            codes = [process.poll() for process in self._running]
+            if condition():
+                return
+            if any(codes) or None not in codes or time.monotonic() > end:
                 raise RuntimeError("\n\n".join(path.read_text()[-2000:] for path in self.folder.glob("*.log")))
             time.sleep(0.2)
 
