@@ -76,9 +76,10 @@ class _Buffers:
     def log_probabilities(self, part: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Returns [rows, vocabulary] fp32 for [rows, width], in `numbers`."""
         logits, numbers = self.logits[: len(part)], self.numbers[: len(part)]
-        torch.mm(part, self._weight.t(), out=logits)
-        if bias is not None:
-            logits += bias
+        if bias is None:
+            torch.mm(part, self._weight.t(), out=logits)
+        else:
+            torch.addmm(bias, part, self._weight.t(), out=logits)
         return torch.log_softmax(numbers.copy_(logits), 1, out=numbers)
 
 
@@ -124,7 +125,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             gradient = log_probabilities.exp_()  # of the logits, once 1 is subtracted at the labels
             gradient.scatter_add_(1, places, torch.full_like(places, -1, dtype=torch.float32))
             if needs_bias:
-                bias_gradient += (gradient.t() @ counts.float())[:, 0]
+                bias_gradient.addmv_(gradient.t(), counts[:, 0].float())
             gradient = buffers.logits[: len(part)].copy_(gradient)
             if needs_hidden:
                 torch.mm(gradient, weight, out=hidden_gradient[start : start + rows]).mul_(counts)

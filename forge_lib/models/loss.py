@@ -91,7 +91,7 @@ def describe_loss(model: nn.Module) -> str:
     """Returns a sentence for the log: whether the loss of a model with `add_loss` is computed in slices."""
     if model.full_logits_reason:
         return f"the loss needs memory for all logits: {model.full_logits_reason}"
-    return "the loss is computed in slices of the predictions"
+    return "the loss is computed in slices, without the whole logits"
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from forge_lib.checkpoints.saver import Saver
+from forge_lib.distributed.allocator import return_freed_memory
 from forge_lib.distributed.peers import HANG_SECONDS
 from forge_lib.errors import RESUME_HINT, UserError
 from forge_lib.training.log import MetricsLog
@@ -110,6 +111,7 @@ class Saving:
         """Logs the saves of this machine that have ended since the last call."""
         host = self._peers.host
         for outcome in self.saver.outcomes():
+            return_freed_memory()  # the copy's: else the next steps would seem to need it
             peak = self.memory.end_save()
             if outcome.path:
                 facts = {"path": str(outcome.path), "seconds": outcome.seconds, "peak_memory_bytes": peak}
