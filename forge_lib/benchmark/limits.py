@@ -15,6 +15,8 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from forge_lib.distributed.allocator import keep_freed_memory
+
 LOOPS = 3
 
 
@@ -53,6 +55,7 @@ def loop_seconds(model: nn.Module, batch_size: int, sequence_length: int) -> flo
 
 def main(folder: str, batch_size: int, sequence_length: int) -> None:
     """Prints the tokens/s of the loop: the median of some."""
+    keep_freed_memory()  # as train.py does
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
