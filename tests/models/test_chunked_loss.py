@@ -39,19 +39,23 @@ def test_a_frozen_head_gets_no_gradient(small_slices):
     assert weight.grad is None and hidden.grad.abs().sum() > 0
 
 
-def test_in_bf16_it_is_as_exact_as_the_full_matrix(small_slices):
-    """Both compute the logits in bf16, and the loss from them in fp32."""
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_in_bf16_it_is_as_exact_as_the_full_matrix(small_slices, has_bias):
+    """Both compute the logits in bf16, and the loss from them in fp32. The last slice and the last piece are short."""
     torch.manual_seed(0)
-    hidden, weight, labels = numbers(10, 64), numbers(500, 64), torch.randint(0, 500, (10,))
-    exact = torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum"), (hidden, weight))
+    hidden, weight, bias = numbers(10, 64), numbers(501, 64), numbers(501) if has_bias else None
+    labels = torch.randint(0, 501, (10,))
+    labels[[2, 9]] = -100
+    inputs = [each for each in (hidden, weight, bias) if each is not None]
+    exact = torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum"), inputs)
 
     def error(loss: torch.Tensor) -> float:
-        found = torch.autograd.grad(loss, (hidden, weight))
+        found = torch.autograd.grad(loss, inputs)
         return max((a - b).abs().max().item() for a, b in zip(found, exact, strict=True))
 
     with torch.autocast("cpu", torch.bfloat16):
-        full = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
-        chunked = chunked_loss.chunked_loss_sum(hidden, weight, None, labels)
+        full = F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="sum")
+        chunked = chunked_loss.chunked_loss_sum(hidden, weight, bias, labels)
     assert chunked.dtype == torch.float32 and chunked.item() == pytest.approx(full.item(), rel=1e-5)
     assert error(chunked) <= 1.5 * error(full)
 
@@ -64,3 +68,10 @@ def test_evaluation_counts_correct_predictions(small_slices):
     loss, num_correct = chunked_loss.chunked_evaluation_sums(hidden, weight, None, labels)
     assert loss.item() == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-6)
     assert num_correct == (logits.argmax(1) == labels).sum() >= 4
+
+
+def test_slices_are_larger_in_bf16_on_a_cpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert chunked_loss.slice_rows(50_257, cpu, torch.float32) == 256
+    assert chunked_loss.slice_rows(50_257, cpu, torch.bfloat16) == 512
+    assert chunked_loss.slice_rows(50_257, gpu, torch.bfloat16) * 50_257 <= 1 << 26
