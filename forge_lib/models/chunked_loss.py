@@ -16,6 +16,7 @@ from forge_lib.config import IGNORED_LABEL
 LEAST_ROWS = 256  # fewer make the matrix product slow
 CPU_ROWS_BF16 = 512  # adding the gradients of the slices up takes longer than their matrix products
 PIECE_ROWS = 4096  # of the gradient of the weights
+GPU_ALIGNMENT = 8  # numbers of 2 bytes
 GPU_NUMBERS = 1 << 26  # logits of a slice on a GPU: 256 MiB in fp32, and half as much again in bf16
 
 
@@ -40,9 +41,7 @@ def chunked_loss_sum(
     Returns:
         A scalar, fp32; the loss and its gradient are computed in fp32 from the logits.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden = hidden.to(dtype)
+    hidden = _in_autocast_type(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)
 
@@ -52,46 +51,84 @@ def chunked_evaluation_sums(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the loss of `chunked_loss_sum`, and how many labels are the likeliest prediction, as scalars."""
+    hidden = _in_autocast_type(hidden)
     loss, num_correct = torch.zeros((), device=hidden.device), torch.zeros((), dtype=torch.int64, device=hidden.device)
-    rows = slice_rows(len(weight), hidden.device, hidden.dtype)
-    for part, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
-        logits = F.linear(part, weight, bias)
-        num_correct += (logits.argmax(-1) == targets).sum()  # -100 is never predicted
-        loss += _loss_sum(logits.log_softmax(1, dtype=torch.float32), targets)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(hidden, weight, bias)
+        for part, targets in zip(hidden.split(head.rows), labels.split(head.rows), strict=True):
+            logits = head.logits(part)
+            num_correct += (logits.argmax(-1) == targets).sum()  # -100 is never predicted
+            loss += _loss_sum(head.log_probabilities(logits), targets)
     return loss, num_correct
 
 
-class _Buffers:
-    """The memory of a slice, made once: new memory for each slice would cost time.
+def _in_autocast_type(tensor: torch.Tensor) -> torch.Tensor:
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
+
+class _Head:
+    """A linear layer in the type of its inputs, and the memory of a slice, made once: each slice overwrites it.
+
+    The matrix products of a GPU are several times slower if the rows of a matrix with 2 bytes per number have a length
+    that is not a multiple of 16 bytes. So the vocabulary is extended by tokens with a probability of 0.
+
+    Args:
+        hidden: [predictions, width], the inputs.
+        weight, bias: [vocabulary, width], and [vocabulary] or None; of any type.
 
     Attributes:
-        numbers: [rows, vocabulary] fp32, for the log-probabilities.
-        logits: [rows, vocabulary], of the type of the matrix products; `numbers` itself if that is fp32.
+        rows: of a slice.
+        weight: [extended vocabulary, width], of the type of `hidden`.
     """
 
-    def __init__(self, rows: int, weight: torch.Tensor):
-        self.numbers = torch.empty(rows, len(weight), device=weight.device)
-        self.logits = self.numbers if weight.dtype == torch.float32 else weight.new_empty(rows, len(weight))
-        self._weight = weight
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+        self._size, dtype = len(weight), hidden.dtype
+        self.rows = min(slice_rows(self._size, hidden.device, dtype), max(1, len(hidden)))
+        self._on_gpu = hidden.device.type == "cuda"
+        extra = -self._size % GPU_ALIGNMENT if self._on_gpu and dtype.itemsize == 2 else 0
+        self.weight = F.pad(weight.to(dtype), (0, 0, 0, extra)) if extra else weight.to(dtype)
+        self._bias = None if bias is None else F.pad(bias.to(dtype), (0, extra))
+        self._numbers = torch.empty(self.rows, len(self.weight), device=hidden.device)
+        self._logits = self._numbers if dtype == torch.float32 else hidden.new_empty(self._numbers.shape)
 
-    def log_probabilities(self, part: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Returns [rows, vocabulary] fp32 for [rows, width], in `numbers`."""
-        logits, numbers = self.logits[: len(part)], self.numbers[: len(part)]
-        if bias is None:
-            torch.mm(part, self._weight.t(), out=logits)
+    def logits(self, part: torch.Tensor) -> torch.Tensor:
+        """Returns [n, extended vocabulary] for [n, width]."""
+        logits = self._logits[: len(part)]
+        if self._bias is None:
+            torch.mm(part, self.weight.t(), out=logits)
         else:
-            torch.addmm(bias, part, self._weight.t(), out=logits)
-        return torch.log_softmax(numbers.copy_(logits), 1, out=numbers)
+            torch.addmm(self._bias, part, self.weight.t(), out=logits)
+        logits[:, self._size :] = -torch.inf
+        return logits
 
+    def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Returns [n, extended vocabulary] fp32 for `logits`, which it overwrites if they are fp32."""
+        numbers = self._numbers[: len(logits)].copy_(logits)
+        return torch.log_softmax(numbers, 1, out=numbers)
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds left.t() @ right to `total`, [vocabulary, width] fp32; in pieces if the product has another type, because
-    torch makes a copy of it in fp32."""
-    if left.dtype == total.dtype:
-        total.addmm_(left.t(), right)
-        return
-    for part, columns in zip(total.split(PIECE_ROWS), left.split(PIECE_ROWS, dim=1), strict=True):
-        part += columns.t() @ right
+    def logits_gradient(self, log_probabilities: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Returns the gradient of the loss, [n, extended vocabulary], in the memory of the logits.
+
+        It is the probabilities, less 1 at `places`, [n, 1] int64; computed in fp32 and then rounded.
+        """
+        of_labels = log_probabilities.gather(1, places).expm1()
+        if self._on_gpu:  # rounds in the same pass
+            gradient = torch.exp(log_probabilities, out=self._logits[: len(places)])
+        else:
+            gradient = self._logits[: len(places)].copy_(log_probabilities.exp_())
+        return gradient.scatter_(1, places, of_labels.to(gradient.dtype))
+
+    def add_weight_gradient(self, total: torch.Tensor, gradient: torch.Tensor, part: torch.Tensor) -> None:
+        """Adds `logits_gradient`'s transpose times [n, width] to `total`, [vocabulary, width] fp32."""
+        gradient = gradient[:, : self._size]
+        if part.dtype == torch.float32:
+            total.addmm_(gradient.t(), part)
+        elif self._on_gpu and torch.version.cuda:
+            torch.addmm(total, gradient.t(), part, out_dtype=torch.float32, out=total)
+        else:  # in pieces, because torch makes a copy of the product in fp32
+            for piece, columns in zip(total.split(PIECE_ROWS), gradient.split(PIECE_ROWS, dim=1), strict=True):
+                piece += columns.t() @ part
 
 
 def _loss_sum(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -112,26 +149,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        loss, rows = torch.zeros((), device=hidden.device), slice_rows(len(weight), hidden.device, hidden.dtype)
-        buffers = _Buffers(min(rows, len(hidden)), weight)
-        for start in range(0, len(hidden), rows):
-            part, targets = hidden[start : start + rows], labels[start : start + rows]
-            counts = (targets != IGNORED_LABEL)[:, None]
-            places = targets.clamp_min(0)[:, None]
-            log_probabilities = buffers.log_probabilities(part, bias)
+        loss, head = torch.zeros((), device=hidden.device), _Head(hidden, weight, bias)
+        for start in range(0, len(hidden), head.rows):
+            part, targets = hidden[start : start + head.rows], labels[start : start + head.rows]
+            log_probabilities = head.log_probabilities(head.logits(part))
             loss += _loss_sum(log_probabilities, targets)
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
-            gradient = log_probabilities.exp_()  # of the logits, once 1 is subtracted at the labels
-            gradient.scatter_add_(1, places, torch.full_like(places, -1, dtype=torch.float32))
-            if needs_bias:
-                bias_gradient.addmv_(gradient.t(), counts[:, 0].float())
-            gradient = buffers.logits[: len(part)].copy_(gradient)
+            counts = (targets != IGNORED_LABEL)[:, None]
+            gradient = head.logits_gradient(log_probabilities, targets.clamp_min(0)[:, None])
             if needs_hidden:
-                torch.mm(gradient, weight, out=hidden_gradient[start : start + rows]).mul_(counts)
+                torch.mm(gradient, head.weight, out=hidden_gradient[start : start + head.rows]).mul_(counts)
             if needs_weight:
-                _add_product(weight_gradient, gradient, part * counts)
+                head.add_weight_gradient(weight_gradient, gradient, part * counts)
+            if needs_bias:
+                bias_gradient += gradient[:, : len(bias)].mul_(counts).sum(0, dtype=torch.float32)
         ctx.gradients = hidden_gradient, weight_gradient, bias_gradient
         return loss
 
