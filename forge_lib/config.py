@@ -181,7 +181,7 @@ class BatchConfig:
     batch_size: int = flag(32, "GLOBAL batch of one step, over all processes", "SEQUENCES", at_least=1)
     micro_batch_size: int = flag(
         0,
-        "sequences per pass; 0: 8, or fewer on one machine's CPUs; auto: what fits",
+        "sequences per pass; 0: what is fast, and fits on a GPU; auto: all that fit",
         "SEQUENCES",
         at_least=AUTO,
         words={"auto": AUTO},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from accelerate.utils import find_executable_batch_size
 from torch import nn
 
 from forge_lib.check.forecast import Speed
@@ -81,6 +82,13 @@ def measure_speed(
     once = sum(time_passes(1))
     update()
     size = min(micro_batch_size, max(2, int(PATIENCE_SECONDS / once)))
+
+    @find_executable_batch_size(starting_batch_size=size)
+    def time_size(size: int) -> int:
+        time_passes(size)
+        return size
+
+    size = time_size()  # less than `size` if that does not fit into the memory of a GPU
     num_rounds = NUM_ROUNDS if once * size < PATIENCE_SECONDS / 2 else 1
     passes = {n: [time_passes(n) for _ in range(num_rounds)] for n in sorted({1, size})}
     seconds = {n: statistics.median(map(sum, pairs)) for n, pairs in passes.items()}

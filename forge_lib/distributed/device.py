@@ -14,6 +14,7 @@ from forge_lib.process import World
 MICRO_BATCH_SIZE = 8
 CPU_TOKENS = 1024  # of a forward pass on a CPU
 CPU_TOKENS_BF16 = 2048  # each pass rounds the weights to bf16
+GPU_TOKENS = 16_384  # fewer do not fill a GPU
 
 
 def choose_device(wanted: str, world: World) -> str:
@@ -47,10 +48,11 @@ def choose_device(wanted: str, world: World) -> str:
 
 
 def choose_micro_batch_size(device: str, sequence_length: int, precision: str, num_machines: int = 1) -> int:
-    """Returns how many sequences a forward pass has, if the user does not say it: 8, or fewer on CPUs.
+    """Returns how many sequences a forward pass has, if the user does not say it and they fit into the memory.
 
-    A CPU is fastest, and needs least memory, if its cache holds what a layer computes. But with several machines,
-    only the last backward pass of a step hides the exchange of the gradients: then it should be long.
+    A GPU needs many tokens per pass. A CPU is fastest, and needs least memory, if its cache holds what a layer
+    computes. But with several machines, only the last backward pass of a step hides the exchange of the gradients:
+    then it should be long.
 
     Args:
         device: "cpu", "cuda" or another one; "auto": a GPU if there is one.
@@ -59,6 +61,8 @@ def choose_micro_batch_size(device: str, sequence_length: int, precision: str, n
         num_machines: that train together.
     """
     is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if not is_cpu and device != "mps":
+        return max(1, GPU_TOKENS // sequence_length)
     if not is_cpu or num_machines > 1:
         return MICRO_BATCH_SIZE
     tokens = CPU_TOKENS_BF16 if precision == "bf16" else CPU_TOKENS

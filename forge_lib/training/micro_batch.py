@@ -1,4 +1,4 @@
-"""The largest micro-batch that a process can hold: `--micro-batch-size auto`."""
+"""How many sequences a forward pass of this process has, if --micro-batch-size does not say it."""
 
 import contextlib
 import dataclasses
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from forge_lib.config import AUTO, TrainConfig
 from forge_lib.data.batches import read_batch
 from forge_lib.distributed.allocator import return_freed_memory
+from forge_lib.distributed.device import choose_micro_batch_size
 from forge_lib.errors import UserError
 from forge_lib.models.loss import loss_sum
 from forge_lib.training.balance import Balancer
@@ -37,9 +38,10 @@ CGROUPS = {
 def choose_micro_batch(
     session: Session, accelerator: Accelerator, inputs: Inputs, balancer: Balancer
 ) -> tuple[Session, TrainConfig]:
-    """Returns the session and its configuration, with the measured micro-batch size if the flag is auto.
+    """Returns the session and its configuration with a micro-batch size; call on all processes.
 
-    Call on all processes.
+    With `auto` it is the largest that fits into the memory. Without the flag it is a size that is fast; on a GPU, the
+    largest that fits, up to that size.
 
     Args:
         session, accelerator: the processes.
@@ -49,19 +51,31 @@ def choose_micro_batch(
     Raises:
         UserError: not even one sequence fits into the memory of a GPU.
     """
-    config, rank = session.config, accelerator.process_index
-    if config.micro_batch_size != AUTO:
-        return session, config
+    config, agreement, rank = session.config, session.agreement, accelerator.process_index
+    free = _free_once_all_have_loaded(session)
+    size = most = config.micro_batch_size
+    if not size:
+        num_machines = len({process.machine for process in agreement.processes})
+        precision = agreement.mixed_precision
+        size = most = choose_micro_batch_size(session.device, config.sequence_length, precision, num_machines)
+    if config.micro_batch_size == AUTO or (not config.micro_batch_size and session.device == "cuda"):
+        share = config.batch_size if balancer.is_on else balancer.shares[rank]
+        most = share if most == AUTO else min(most, share)
+        size = largest_micro_batch(accelerator, inputs.model, inputs.dataset, most, free)
+    if config.micro_batch_size == AUTO or size < most:
+        print(f"process {rank}: micro-batches of up to {size} sequences", file=sys.stderr, flush=True)
+    config = dataclasses.replace(config, micro_batch_size=size)
+    return dataclasses.replace(session, config=config), config
+
+
+def _free_once_all_have_loaded(session: Session) -> int:
+    """Returns `free_memory` of a moment when all processes have their model and data. Call on all processes."""
     session.peers.set_status("measuring its memory")
     return_freed_memory()
     session.peers.barrier("memory/loaded")
     free = free_memory(session.world.num_local_processes)
     session.peers.barrier("memory/read")  # the passes of other processes need some of it
-    most = config.batch_size if balancer.is_on else balancer.shares[rank]
-    size = largest_micro_batch(accelerator, inputs.model, inputs.dataset, most, free)
-    print(f"process {rank}: micro-batches of up to {size} sequences", file=sys.stderr, flush=True)
-    config = dataclasses.replace(config, micro_batch_size=size)
-    return dataclasses.replace(session, config=config), config
+    return free
 
 
 def largest_micro_batch(accelerator: Accelerator, model: nn.Module, dataset: Dataset, most: int, free: int) -> int:
@@ -120,8 +134,8 @@ def _try_on_gpu(device: torch.device, compute: Callable[[int], None], states: in
     torch.cuda.empty_cache()
     if not size:
         raise UserError(
-            f"--micro-batch-size auto: not even one sequence fits into the {free / 1e9:.1f} GB that are free on "
-            f"{device}; shorten --sequence-length, or use a smaller model"
+            f"not even one sequence fits into the {free / 1e9:.1f} GB that are free on {device}; shorten "
+            "--sequence-length, or use a smaller model"
         )
     return size
 

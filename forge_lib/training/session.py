@@ -15,7 +15,7 @@ from accelerate import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from forge_lib.config import TrainConfig
 from forge_lib.data.files import data_exists
 from forge_lib.distributed.agreement import Agreement, agree
-from forge_lib.distributed.device import choose_device, choose_micro_batch_size
+from forge_lib.distributed.device import choose_device
 from forge_lib.distributed.environment import check_environment
 from forge_lib.distributed.facts import local_facts
 from forge_lib.distributed.lock import RunLock
@@ -125,11 +125,6 @@ def join(config: TrainConfig, world: World, peers: Peers, lock: RunLock) -> Sess
     agreement = agree(peers.all_gather(facts, "facts"), config)
     if device == "cuda" and agreement.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")  # what remains in fp32 may be rounded, too: TF32
-    if not config.micro_batch_size:
-        num_machines = len({process.machine for process in agreement.processes})
-        precision = agreement.mixed_precision
-        size = choose_micro_batch_size(device, config.sequence_length, precision, num_machines)
-        config = dataclasses.replace(config, micro_batch_size=size)
     # The main machine first: on a disk that machines share, it is the one that gets the lock.
     for is_main_turn in (True, False):
         if world.is_local_main and (world.process_index == 0) == is_main_turn:

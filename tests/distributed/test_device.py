@@ -15,10 +15,13 @@ from forge_lib.distributed.device import choose_micro_batch_size
         ("cpu", 4096, "bf16", 1, 1),
         ("auto", 256, "no", 1, 4),
         ("cpu", 256, "no", 2, 8),  # the last backward pass hides the exchange
-        ("cuda", 256, "no", 1, 8),
+        ("cuda", 256, "no", 1, 64),
+        ("cuda", 512, "bf16", 2, 32),
+        ("cuda", 100_000, "bf16", 1, 1),
+        ("mps", 256, "no", 1, 8),
     ],
 )
-def test_a_forward_pass_on_a_cpu_fits_its_cache(
+def test_a_forward_pass_fits_the_cache_of_a_cpu_and_fills_a_gpu(
     monkeypatch, device, sequence_length, precision, num_machines, expected
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
