@@ -132,9 +132,7 @@ def make_run(config: CheckConfig, cluster: Cluster) -> TrainConfig:
     """
     if config.model_name and is_fixed(config, cluster):
         divide_batch(config.batch_size, config.shares, cluster.num_processes)
-    device = cluster.device_of(cluster.main)
     precision = cluster.mixed_precision if config.mixed_precision == "auto" else config.mixed_precision
-    chosen = choose_micro_batch_size(device, config.sequence_length, precision, len(cluster.machines))
     return TrainConfig(
         model_name=config.model_name,
         trust_remote_code=config.trust_remote_code,
@@ -143,7 +141,7 @@ def make_run(config: CheckConfig, cluster: Cluster) -> TrainConfig:
         output_dir="",
         sequence_length=config.sequence_length,
         batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size or chosen,
+        micro_batch_size=config.micro_batch_size,
         shares=config.shares,
         mixed_precision=precision,
     )
@@ -178,6 +176,10 @@ def measure(config: CheckConfig, run: TrainConfig, cluster: Cluster, own: Machin
         peers.host = own.name
         device = choose_device("cpu" if cluster.device_of(own) == "cpu" else "auto", world)
         agreement = measure_machines(run, names, device, peers, report)
+        if not run.micro_batch_size:
+            sizes = (run.sequence_length, agreement.mixed_precision, len(names))
+            size = choose_micro_batch_size(cluster.device_of(cluster.main), *sizes)
+            run = dataclasses.replace(run, micro_batch_size=size)
         report.links = measure_links(names, [process.address for process in agreement.processes], peers)
         broken = [link for link in report.links if link.error]
         report.problems += [Problem(link.receiver, describe_failure(link, cluster.port), "way") for link in broken]
