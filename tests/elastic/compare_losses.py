@@ -330,7 +330,7 @@ def main() -> None:
     work = Work(folder, *shape)
     with ProcessPoolExecutor(2) as pool:
         starts = sorted({(case.optimizer, case.seed) for case in cases})
-        list(pool.map(train_start, *zip(*starts, strict=True), itertools.repeat(work)))
+        list(pool.map(train_start, *zip(*starts, strict=True), [work] * len(starts)))
         for case, loss in zip(cases, pool.map(run_case, cases, itertools.repeat(work)), strict=True):
             found.setdefault(case.name, {})[str(case.seed)] = loss
             print(case.name, case.seed, f"{loss:.4f}", flush=True)

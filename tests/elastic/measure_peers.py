@@ -1,12 +1,15 @@
 """Measures unequal peers of train_elastic.py, and the bytes that peers send; scripts/benchmark.py measures links.
 
     python tests/elastic/measure_peers.py unequal --output artifacts/unequal.json
+    python tests/elastic/measure_peers.py losses --output artifacts/unequal_losses.json
     python tests/elastic/measure_peers.py bytes --output artifacts/bytes.json
 
 Needs root and network namespaces. Each machine has one core; the model has 26 million parameters, a step has 4 x 256
-tokens. `unequal`: one of two peers gets a third of its core (a CPU quota); it is compared with the sum of both alone,
-and with two equal peers at equal tokens. `bytes`: counted at the network interface, int4 and fp32, for two and four
-peers. Nothing else should run meanwhile.
+tokens. Nothing else should run meanwhile.
+
+unequal  one of two peers gets a third of its core (a CPU quota): tokens/s, beside the sum of both alone.
+losses   the held-out loss of two such peers and of two equal ones, after the same number of tokens.
+bytes    counted at the network interface: int4 and fp32, for two and for four peers.
 """
 
 import argparse
@@ -60,17 +63,18 @@ def speed_of_unequal_peers(model: Path) -> dict:
 
 def held_out_loss(model: Path, share: float) -> float:
     """Returns the loss after a run of two peers, the second with a share of its core."""
-    flags = ["--max-steps", NUM_STEPS, "--eval-fraction", 0.05, "--sync-every", 20, "--warmup-steps", 20]
+    flags = ["--max-steps", NUM_STEPS, "--sync-every", 20, "--warmup-steps", 20]
+    flags += ["--eval-fraction", 0.05, "--eval-every", NUM_STEPS]
     with Machines(2, 0) as machines:
         names = start_peers(machines, model, DATA, 2, flags)
         with CpuQuota(machines.processes[1], share):
-            machines.wait(lambda: bool(machines.rows(names[0], "eval_loss")))
+            machines.wait(lambda: len(machines.rows(names[0], "eval_loss")) == 2)  # at the begin and at the end
             return machines.rows(names[0], "eval_loss")[-1]["eval_loss"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["unequal", "bytes"])
+    parser.add_argument("what", choices=["unequal", "losses", "bytes"])
     parser.add_argument("--output", type=Path, required=True, help="JSON file with the figures")
     args = parser.parse_args()
     model = Path(tempfile.mkdtemp())
@@ -87,10 +91,11 @@ def main() -> None:
         for count, compression in itertools.product((2, 4), ("no", "int4")):
             flags = ["--sync-every", 10, "--outer-compression", compression]
             add(f"{count} peers, {compression}", asdict(measure_peers(model, DATA, 0, compression, count, flags)))
-        return
-    add("tokens/s alone", [tokens_per_second_alone(model, share) for share in (1, SLOW)])
-    add("together", speed_of_unequal_peers(model))
-    add("held-out loss, equal and unequal", [held_out_loss(model, share) for share in (1, SLOW)])
+    elif args.what == "losses":
+        add("held-out loss, equal and unequal", [held_out_loss(model, share) for share in (1, SLOW)])
+    else:
+        add("tokens/s alone", [tokens_per_second_alone(model, share) for share in (1, SLOW)])
+        add("together", speed_of_unequal_peers(model))
 
 
 if __name__ == "__main__":
