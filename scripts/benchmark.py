@@ -5,10 +5,10 @@ r"""Measures this program on this machine, beside the alternatives.
     sudo .venv/bin/python scripts/benchmark.py network --model-name data/tiny_gpt2 --hidden-size 512 --num-layers 8
 
 `prepare`: text to tokens, beside the tokenizer alone and datasets.map. `step`: tokens/s and memory beside
-transformers.Trainer, and the share of the speed of the matrix products. `memory`: speed and memory over the
-vocabulary, the sequence length and the width. `start`: seconds until the first step. `save`: what checkpoints cost,
-beside one plain copy of the same bytes. `network`: two machines, which are network namespaces of this machine with one
-core each, over links of several rates. `all`: all of them, some hours.
+transformers.Trainer, on the CPU and on a GPU if there is one, and the share of the speed of the matrix products.
+`memory`: speed and memory over the vocabulary, the sequence length and the width. `start`: seconds until the first
+step. `save`: what checkpoints cost, beside one plain copy of the same bytes. `network`: two machines, which are
+network namespaces of this machine with one core each, over links of several rates. `all`: all of them, some hours.
 
 Everything is measured in turn with its baseline. Other programs disturb the figures. Tables, JSON and plots are
 written to --report-dir.

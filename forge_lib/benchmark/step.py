@@ -40,6 +40,7 @@ class Workload:
         steps: measured optimizer steps.
         flags: of train.py, in addition.
         has_defaults: whether both choose precision and threads themselves; else fp32, and one thread per process.
+        on_gpu: whether both train on the GPU; else on the CPU.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Workload:
     steps: int = 6
     flags: Sequence[str] = ()
     has_defaults: bool = False
+    on_gpu: bool = False
 
     @property
     def tokens(self) -> int:
@@ -68,6 +70,14 @@ LLAMA_9M = Workload("Llama, 9 M", llama())
 GPT2_124M = Workload("GPT-2, 124 M", GPT2Config(**NO_DROPOUT), batch_size=4, steps=3)
 LLAMA_LONG = Workload("Llama, 9 M, sequence 2,048", llama(), batch_size=1, sequence_length=2048)
 LLAMA_49K = Workload("Llama, vocabulary 49,152", llama(49_152), batch_size=4, sequence_length=1024, steps=3)
+ON_GPU = {"batch_size": 32, "sequence_length": 512, "steps": 20, "has_defaults": True, "on_gpu": True}
+GPU_WORKLOADS = (
+    Workload("GPT-2, 124 M", GPT2Config(**NO_DROPOUT), **ON_GPU),
+    Workload("Llama, 12 x 768, vocabulary 49,152", LlamaConfig(
+        vocab_size=49_152, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+        num_key_value_heads=4,
+    ), **ON_GPU),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Measured:
 
     Attributes:
         tokens_per_second: median over the steps after the first ones.
-        peak_bytes: largest resident memory of a process, from its start to its end.
+        peak_bytes: largest resident memory of a process, from its start to its end; or that of the GPU.
         losses: of each step.
     """
 
@@ -151,13 +161,13 @@ def compare_steps(setting: Setting, workload: Workload, kind: str, num_processes
     Args:
         setting: models and data.
         workload: what is trained.
-        kind: of the baseline, a key of trainer.KINDS; with "compiled", train.py compiles too.
+        kind: of the baseline, a key of trainer.KINDS; if it names "compiled", train.py compiles too.
         num_processes: of both.
         rounds: how often each of both trains.
     """
     pairs = []
     for _ in range(rounds):
-        ours = train(setting, workload, num_processes, kind == "compiled")
+        ours = train(setting, workload, num_processes, "compiled" in kind)
         pairs.append((ours, train_baseline(setting, workload, num_processes, kind)))
     figure = _compare(workload, kind, num_processes, pairs)
     print(json.dumps(asdict(figure)), file=sys.stderr, flush=True)
@@ -168,7 +178,7 @@ def train(setting: Setting, workload: Workload, num_processes: int = 1, compiled
     """Trains with train.py."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--model-name", setting.model(workload), "--dataset-path", setting.store, "--output-dir", folder]
-        flags += ["--batch-size", workload.batch_size]
+        flags += ["--batch-size", workload.batch_size, "--device", "cuda" if workload.on_gpu else "cpu"]
         flags += ["--sequence-length", workload.sequence_length, "--max-steps", WARM_STEPS + workload.steps]
         flags += ["--mixed-precision", "auto" if workload.has_defaults else "no", "--write-report", "false"]
         flags += ["--lr-scheduler", "constant", "--log-every", 1, "--eval-every", 0, "--checkpoint-every", 0]
@@ -177,7 +187,8 @@ def train(setting: Setting, workload: Workload, num_processes: int = 1, compiled
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     speed = statistics.median(row["tokens_per_second"] for row in steps[WARM_STEPS:])
-    return Measured(speed, ended.peak_bytes, [row["loss"] for row in steps])
+    peak = max(row["peak_memory_bytes"] or 0 for row in steps) if workload.on_gpu else ended.peak_bytes
+    return Measured(speed, peak, [row["loss"] for row in steps])
 
 
 def train_baseline(setting: Setting, workload: Workload, num_processes: int = 1, kind: str = "best") -> Measured:
@@ -185,12 +196,12 @@ def train_baseline(setting: Setting, workload: Workload, num_processes: int = 1,
     task = Task(
         model=str(setting.model(workload)), store=str(setting.store), kind=kind, steps=WARM_STEPS + workload.steps,
         batch_size=workload.batch_size, sequence_length=workload.sequence_length, num_processes=num_processes,
-        checkpointing="--gradient-checkpointing" in workload.flags,
+        checkpointing="--gradient-checkpointing" in workload.flags, on_gpu=workload.on_gpu,
     )  # fmt: skip
     ended = _run(["-m", "forge_lib.benchmark.trainer", json.dumps(asdict(task))], num_processes, workload.has_defaults)
     found = json.loads(ended.output.splitlines()[-1])
     seconds = statistics.median(found["seconds"][WARM_STEPS - 1 :])
-    return Measured(workload.tokens / seconds, ended.peak_bytes, found["losses"])
+    return Measured(workload.tokens / seconds, found["gpu_bytes"] or ended.peak_bytes, found["losses"])
 
 
 def _run(words: Sequence[object], num_processes: int, chooses_threads: bool) -> Finished:

@@ -5,10 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from forge_lib.benchmark.processes import run_programs
 from forge_lib.benchmark.report import Report, bars
 from forge_lib.benchmark.step import (
     GPT2_124M,
+    GPU_WORKLOADS,
     LLAMA_9M,
     LLAMA_49K,
     LLAMA_LONG,
@@ -25,7 +28,7 @@ COLUMNS = ("model", "beside Trainer", "processes", "tokens/s", "Trainer", "ratio
 
 
 def measure_steps(setting: Setting, rounds: int) -> list[Report]:
-    """Measures speed and memory: in fp32 beside Trainer's fastest, compiled, with recomputed activations."""
+    """Measures speed and memory: in fp32 beside Trainer's fastest, compiled, with recomputed activations; on a GPU."""
     recomputed = replace(LLAMA_49K, name="Llama 49,152, recomputed", flags=("--gradient-checkpointing",))
     cases = [
         (LLAMA_9M, "best", 1), (LLAMA_9M, "best", 2), (LLAMA_9M, "default", 1), (LLAMA_9M, "compiled", 1),
@@ -39,9 +42,15 @@ def measure_steps(setting: Setting, rounds: int) -> list[Report]:
         compare_steps(setting, replace(each, has_defaults=True), "default", 1, rounds)
         for each in (LLAMA_9M, GPT2_124M)
     ]
+    reports = []
+    if torch.cuda.is_available():
+        kinds = ("bf16", "bf16, compiled")
+        on_gpu = [compare_steps(setting, each, kind, 1, rounds) for each in GPU_WORKLOADS for kind in kinds]
+        reports.append(_report("gpu", f"Steps beside transformers.Trainer, {torch.cuda.get_device_name()}", on_gpu))
     counts = [each for each in figures if (each.workload, each.baseline) == (LLAMA_9M.name, "best")]
     speeds = _report("speed_processes", "Tokens/s over the processes, fp32, one thread each", counts)
     return [
+        *reports,
         _report("step", "Steps beside transformers.Trainer, fp32, one thread each", figures),
         _report("defaults", "Steps beside transformers.Trainer, precision and threads by default", defaults),
         replace(speeds, plot=lambda axes: _curves(axes, counts, [1, 2], "processes", _speed, "tokens/s")),

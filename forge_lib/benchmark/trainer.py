@@ -2,7 +2,7 @@
 
     python -m forge_lib.benchmark.trainer '{"model": "…", "store": "…", …}'
 
-Prints a JSON object with the seconds and the loss of each step. It trains as train.py does with the same values: the
+Prints a JSON object with what `train` returns. It trains as train.py does with the same values: the
 same blocks in the same order, the same initial weights, AdamW with the same rates.
 """
 
@@ -29,6 +29,8 @@ KINDS = {  # arguments of Trainer: its defaults, and its fastest
     "default": {},
     "best": {"optim": "adamw_torch_fused"},
     "compiled": {"optim": "adamw_torch_fused", "torch_compile": True},
+    "bf16": {"optim": "adamw_torch_fused", "bf16": True},
+    "bf16, compiled": {"optim": "adamw_torch_fused", "bf16": True, "torch_compile": True},
 }
 
 
@@ -46,6 +48,7 @@ class Task:
         learning_rate, weight_decay, seed: as in train.py; the learning rate is constant.
         num_processes: of the run.
         checkpointing: whether it recomputes activations.
+        on_gpu: whether it trains on the GPU; else on the CPU.
     """
 
     model: str
@@ -59,6 +62,7 @@ class Task:
     seed: int = 0
     num_processes: int = 1
     checkpointing: bool = False
+    on_gpu: bool = False
 
 
 class _InOrder(Trainer):
@@ -82,8 +86,8 @@ class _Clock(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
-def train(task: Task) -> dict[str, list[float]]:
-    """Trains, and returns the seconds of each step but the first, and the losses."""
+def train(task: Task) -> dict[str, Any]:
+    """Trains; returns the seconds of each step but the first, the losses, and the peak of the GPU's memory, or 0."""
     torch.manual_seed(task.seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
     model.loss_type = "ForCausalLM"  # gpt2 names none, and then Trainer counts one target too many per sequence
@@ -101,7 +105,7 @@ def train(task: Task) -> dict[str, list[float]]:
             lr_scheduler_type="constant",
             weight_decay=task.weight_decay,
             adam_beta2=0.95,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=not task.on_gpu,
             gradient_checkpointing=task.checkpointing,
             logging_steps=1,
             save_strategy="no",
@@ -113,6 +117,7 @@ def train(task: Task) -> dict[str, list[float]]:
     return {
         "seconds": [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)],
         "losses": clock.losses,
+        "gpu_bytes": torch.cuda.max_memory_allocated() if task.on_gpu else 0,
     }
 
 
