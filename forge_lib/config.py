@@ -181,7 +181,7 @@ class BatchConfig:
     batch_size: int = flag(32, "GLOBAL batch of one step, over all processes", "SEQUENCES", at_least=1)
     micro_batch_size: int = flag(
         0,
-        "sequences per pass; 0: what is fast, and fits on a GPU; auto: all that fit",
+        "sequences per pass; 0: a fast size (on a GPU, if they fit); auto: as many as fit",
         "SEQUENCES",
         at_least=AUTO,
         words={"auto": AUTO},

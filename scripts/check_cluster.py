@@ -176,10 +176,9 @@ def measure(config: CheckConfig, run: TrainConfig, cluster: Cluster, own: Machin
         peers.host = own.name
         device = choose_device("cpu" if cluster.device_of(own) == "cpu" else "auto", world)
         agreement = measure_machines(run, names, device, peers, report)
-        if not run.micro_batch_size:
-            sizes = (run.sequence_length, agreement.mixed_precision, len(names))
-            size = choose_micro_batch_size(cluster.device_of(cluster.main), *sizes)
-            run = dataclasses.replace(run, micro_batch_size=size)
+        size = run.micro_batch_size or choose_micro_batch_size(
+            agreement.processes[0].device, run.sequence_length, agreement.mixed_precision, len(names)
+        )
         report.links = measure_links(names, [process.address for process in agreement.processes], peers)
         broken = [link for link in report.links if link.error]
         report.problems += [Problem(link.receiver, describe_failure(link, cluster.port), "way") for link in broken]
@@ -188,10 +187,10 @@ def measure(config: CheckConfig, run: TrainConfig, cluster: Cluster, own: Machin
                 if cluster.num_processes > 1:
                     report.all_reduce_seconds = workers.run("measuring all-reduces", measure_all_reduce)[0]
                 if config.model_name:
-                    model_speeds = join_speeds(workers.run("measuring the model", measure_model, run))
+                    model_speeds = join_speeds(workers.run("measuring the model", measure_model, run, size))
             if config.model_name:
                 model_speeds = join_speeds(peers.all_gather(model_speeds, "speeds of the model"))
-                report.forecast = forecast(config, run, cluster, report, model_speeds)
+                report.forecast = forecast(config, run, size, cluster, report, model_speeds)
         end_together(peers)
 
 
@@ -208,13 +207,13 @@ def measure_machines(run: TrainConfig, names: list[str], device: str, peers: Pee
 
 
 def forecast(
-    config: CheckConfig, run: TrainConfig, cluster: Cluster, report: Report, model_speeds: ModelSpeeds
+    config: CheckConfig, run: TrainConfig, size: int, cluster: Cluster, report: Report, model_speeds: ModelSpeeds
 ) -> Forecast:
-    """Forecasts the run from what was measured."""
+    """Forecasts the run from what was measured, with micro-batches of a size."""
     network = Network(latency=0.0, bandwidth=math.inf)
     if report.all_reduce_seconds:
         network = fit_network(cluster.num_processes, report.all_reduce_seconds)
-    workload = Workload(run, network, model_speeds.parameter_bytes, config.sync_every)
+    workload = Workload(run, size, network, model_speeds.parameter_bytes, config.sync_every)
     speeds = model_speeds.speeds
     shares = divide_batch(run.batch_size, run.shares, cluster.num_processes) if is_fixed(run, cluster) else None
     return make_forecast(workload, len(cluster.machines), speeds, shares or fitting_shares(speeds, run.batch_size))

@@ -29,7 +29,7 @@ from forge_lib.data.corpus import describe_store, prepare_store
 from forge_lib.data.token_store import TokenStore
 from forge_lib.data.tokenizing import vocabulary_size
 from forge_lib.distributed.agreement import Agreement, agree, check_world, compare_inputs
-from forge_lib.distributed.device import choose_device, choose_micro_batch_size
+from forge_lib.distributed.device import MICRO_BATCH_SIZE, choose_device, choose_micro_batch_size
 from forge_lib.distributed.environment import check_environment
 from forge_lib.distributed.facts import InputFacts, local_facts
 from forge_lib.distributed.peers import Peers
@@ -106,6 +106,8 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         check_world(world, accelerator.num_processes)
         model.to(accelerator.device)
         chosen = choose_micro_batch_size(device, config.sequence_length, agreement.mixed_precision)
+        if model.full_logits_reason:  # they need much memory
+            chosen = min(chosen, MICRO_BATCH_SIZE)
         results = evaluate_model(
             accelerator,
             model,

@@ -65,13 +65,15 @@ class Workload:
     """What is the same in all forecasts of a run.
 
     Attributes:
-        run: gives the batch and its sequences.
+        run: gives the batch and its sequences; its micro-batch size is 0 if train.py chooses it.
+        micro_batch_size: that one, or the chosen one.
         network: between the processes.
         parameter_bytes: bytes of each trainable parameter in fp32, in the model's order.
         sync_every: --sync-every of train_elastic.py; 0: derived.
     """
 
     run: TrainConfig
+    micro_batch_size: int
     network: Network
     parameter_bytes: list[int]
     sync_every: int
@@ -79,10 +81,10 @@ class Workload:
     def estimate(self, speeds: list[Speed], shares: list[int]) -> Estimates:
         """Forecasts a step of processes with these speeds and shares, by rank."""
         run = self.run
-        given = (speeds, shares, run.micro_batch_size, self.network)
+        given = (speeds, shares, self.micro_batch_size, self.network)
         bucket_bytes = buckets(self.parameter_bytes)
         num_bytes = CODECS["int4"].num_bytes(sum(self.parameter_bytes) // FP32_BYTES)
-        every = forecast_every(speeds, run.batch_size, run.micro_batch_size, self.network, num_bytes, self.sync_every)
+        every = forecast_every(speeds, run.batch_size, self.micro_batch_size, self.network, num_bytes, self.sync_every)
         steps = (forecast_ddp(*given, bucket_bytes), forecast_ddp(*given, bucket_bytes, fp16=True), every)
         batches = (1, 1, len(speeds))  # of one step of all processes
         num_tokens = run.batch_size * run.sequence_length
@@ -137,7 +139,9 @@ def _estimate_equal_processes(workload: Workload, speeds: list[Speed], num_proce
 def _recommend(workload: Workload, speeds: list[Speed], here: Estimates) -> tuple[list[str], Estimate]:
     """Returns the recommended flags, and the forecast of a step with them."""
     run = workload.run
-    flags = [f"--batch-size {run.batch_size}", f"--micro-batch-size {run.micro_batch_size}"]
+    flags = [f"--batch-size {run.batch_size}"]
+    if run.micro_batch_size:
+        flags.append(f"--micro-batch-size {run.micro_batch_size}")
     best = here
     fitting = fitting_shares(speeds, run.batch_size)
     with_fitting = workload.estimate(speeds, fitting)

@@ -38,14 +38,14 @@ def join_speeds(parts: list[ModelSpeeds]) -> ModelSpeeds:
     return ModelSpeeds([speed for part in parts for speed in part.speeds], parts[0].parameter_bytes)
 
 
-def measure_model(place: Place, run: TrainConfig) -> Callable[[], ModelSpeeds]:
+def measure_model(place: Place, run: TrainConfig, micro_batch_size: int) -> Callable[[], ModelSpeeds]:
     """Loads the model of a run; returns a function that measures its speed in this worker. See `Workers.run`."""
     model = adapt_model(load_model(run, 0, run.sequence_length), run).to(place.device)
     optimizers = build_optimizers(model, run)
     parameter_bytes = [parameter.nbytes for parameter in model.parameters() if parameter.requires_grad]
 
     def measure() -> ModelSpeeds:
-        sizes = (run.sequence_length, run.micro_batch_size)
+        sizes = (run.sequence_length, micro_batch_size)
         speed = measure_speed(model, optimizers, *sizes, place.device, place.mixed_precision)
         return ModelSpeeds([speed], parameter_bytes)
 

@@ -17,6 +17,7 @@ LEAST_ROWS = 256  # fewer make the matrix product slow
 CPU_ROWS_BF16 = 512  # adding the gradients of the slices up takes longer than their matrix products
 PIECE_ROWS = 4096  # of the gradient of the weights
 GPU_ALIGNMENT = 8  # numbers of 2 bytes
+ADDS_MIXED = (2, 10)  # from this version on, torch.addmm adds a product of 2-byte numbers to fp32
 GPU_NUMBERS = 1 << 26  # logits of a slice on a GPU: 256 MiB in fp32, and half as much again in bf16
 
 
@@ -62,6 +63,10 @@ def chunked_evaluation_sums(
     return loss, num_correct
 
 
+def _is_on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
 def _in_autocast_type(tensor: torch.Tensor) -> torch.Tensor:
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
@@ -85,7 +90,7 @@ class _Head:
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
         self._size, dtype = len(weight), hidden.dtype
         self.rows = min(slice_rows(self._size, hidden.device, dtype), max(1, len(hidden)))
-        self._on_gpu = hidden.device.type == "cuda"
+        self._on_gpu = _is_on_gpu(hidden)
         extra = -self._size % GPU_ALIGNMENT if self._on_gpu and dtype.itemsize == 2 else 0
         self.weight = F.pad(weight.to(dtype), (0, 0, 0, extra)) if extra else weight.to(dtype)
         self._bias = None if bias is None else F.pad(bias.to(dtype), (0, extra))
@@ -124,7 +129,7 @@ class _Head:
         gradient = gradient[:, : self._size]
         if part.dtype == torch.float32:
             total.addmm_(gradient.t(), part)
-        elif self._on_gpu and torch.version.cuda:
+        elif self._on_gpu and torch.version.cuda and torch.__version__ >= ADDS_MIXED:
             torch.addmm(total, gradient.t(), part, out_dtype=torch.float32, out=total)
         else:  # in pieces, because torch makes a copy of the product in fp32
             for piece, columns in zip(total.split(PIECE_ROWS), gradient.split(PIECE_ROWS, dim=1), strict=True):

@@ -1,6 +1,5 @@
 """How many sequences a forward pass of this process has, if --micro-batch-size does not say it."""
 
-import contextlib
 import dataclasses
 import resource
 import sys
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from forge_lib.config import AUTO, TrainConfig
 from forge_lib.data.batches import read_batch
 from forge_lib.distributed.allocator import return_freed_memory
-from forge_lib.distributed.device import choose_micro_batch_size
+from forge_lib.distributed.device import MICRO_BATCH_SIZE, choose_micro_batch_size
 from forge_lib.errors import UserError
 from forge_lib.models.loss import loss_sum
 from forge_lib.training.balance import Balancer
@@ -26,7 +25,8 @@ from forge_lib.training.memory import PeakMemory
 from forge_lib.training.session import Session
 
 USED_SHARE = 0.8  # of the free memory; the rest is for the saver, the evaluation and other programs
-STATES = 3  # vectors as large as the trained weights: gradient, and two moments of AdamW
+MOMENTS = 2  # of AdamW, each as large as the trained weights
+NOTHING_FITS = "No executable batch size found"  # the begin of accelerate's message
 CGROUP_OF_PROCESS = Path("/proc/self/cgroup")  # lines with a number, controllers and a folder, separated by colons
 # By controllers, of version 2 and 1: the top folder, files with the limit and the use, and the line of cached files.
 CGROUPS = {
@@ -49,37 +49,55 @@ def choose_micro_batch(
         balancer: has the shares of the processes.
 
     Raises:
-        UserError: not even one sequence fits into the memory of a GPU.
+        UserError: with `auto`, not even one sequence fits into the memory of a GPU.
     """
-    config, agreement, rank = session.config, session.agreement, accelerator.process_index
-    free = _free_once_all_have_loaded(session)
-    size = most = config.micro_batch_size
-    if not size:
-        num_machines = len({process.machine for process in agreement.processes})
-        precision = agreement.mixed_precision
-        size = most = choose_micro_batch_size(session.device, config.sequence_length, precision, num_machines)
-    if config.micro_batch_size == AUTO or (not config.micro_batch_size and session.device == "cuda"):
-        share = config.batch_size if balancer.is_on else balancer.shares[rank]
-        most = share if most == AUTO else min(most, share)
+    config, rank = session.config, accelerator.process_index
+    is_auto, on_gpu = config.micro_batch_size == AUTO, session.device == "cuda"
+    if is_auto:
+        session.peers.set_status("measuring its memory")
+        return_freed_memory()
+    session.peers.barrier("memory/loaded")
+    free = free_memory(session.world.num_local_processes) if is_auto and not on_gpu else 0
+    session.peers.barrier("memory/read")  # the passes of other processes need some of it
+    share = max(1, balancer.shares[rank])
+    if is_auto:
+        size = most = config.batch_size if balancer.is_on else share
+    else:
+        size = most = config.micro_batch_size or _fast_size(session, share, balancer.is_on)
+    if is_auto or (on_gpu and not config.micro_batch_size):
         size = largest_micro_batch(accelerator, inputs.model, inputs.dataset, most, free)
-    if config.micro_batch_size == AUTO or size < most:
+    if is_auto and not size:
+        raise UserError(
+            f"--micro-batch-size auto: not even one sequence fits into the memory of {accelerator.device}; "
+            "shorten --sequence-length, or use a smaller model"
+        )
+    size = max(1, size)  # without the flag the run tries: it may need less than the measurement reserves
+    if is_auto:
         print(f"process {rank}: micro-batches of up to {size} sequences", file=sys.stderr, flush=True)
+    elif size < most:
+        print(
+            f"process {rank}: micro-batches of {size} sequences, because {most} do not fit into the memory of its GPU",
+            file=sys.stderr,
+            flush=True,
+        )
     config = dataclasses.replace(config, micro_batch_size=size)
     return dataclasses.replace(session, config=config), config
 
 
-def _free_once_all_have_loaded(session: Session) -> int:
-    """Returns `free_memory` of a moment when all processes have their model and data. Call on all processes."""
-    session.peers.set_status("measuring its memory")
-    return_freed_memory()
-    session.peers.barrier("memory/loaded")
-    free = free_memory(session.world.num_local_processes)
-    session.peers.barrier("memory/read")  # the passes of other processes need some of it
-    return free
+def _fast_size(session: Session, share: int, is_balanced: bool) -> int:
+    """Returns how many sequences a pass has without the flag, if they fit."""
+    config, agreement = session.config, session.agreement
+    num_machines = len({process.machine for process in agreement.processes})
+    size = choose_micro_batch_size(session.device, config.sequence_length, agreement.mixed_precision, num_machines)
+    if session.device != "cuda":
+        return size
+    if config.compile and is_balanced:  # only whole micro-batches are compiled, and the share changes
+        size = min(size, MICRO_BATCH_SIZE)
+    return min(size, share)
 
 
 def largest_micro_batch(accelerator: Accelerator, model: nn.Module, dataset: Dataset, most: int, free: int) -> int:
-    """Returns how many sequences a forward and a backward pass may have, from 1 to `most`.
+    """Returns how many sequences a forward and a backward pass may have, up to `most`; 0 if a GPU cannot hold one.
 
     On a CPU it measures the memory that one and two sequences need, and computes the rest: running out of memory would
     end other programs too. On a GPU it tries.
@@ -89,10 +107,7 @@ def largest_micro_batch(accelerator: Accelerator, model: nn.Module, dataset: Dat
         model: unwrapped; it is moved to the device.
         dataset: a BlockDataset.
         most: sequences of this process in a step.
-        free: bytes of main memory that this process may still allocate.
-
-    Raises:
-        UserError: not even one sequence fits into the memory of a GPU.
+        free: bytes of main memory that this process may still allocate; not needed for a GPU.
     """
     model.to(accelerator.device)
     buffers = [each.clone() for each in model.buffers()]  # a pass may change them, as a batch norm does
@@ -103,11 +118,11 @@ def largest_micro_batch(accelerator: Accelerator, model: nn.Module, dataset: Dat
             loss = loss_sum(model, batch)
         loss.backward()
 
-    states = STATES * sum(each.nbytes for each in model.parameters() if each.requires_grad)
+    trained = sum(each.nbytes for each in model.parameters() if each.requires_grad)
     if accelerator.device.type == "cuda":
-        size = _try_on_gpu(accelerator.device, compute, states, most)
+        size = _try_on_gpu(accelerator.device, compute, MOMENTS * trained, most)
     else:
-        size = _estimate(accelerator, model, compute, most, USED_SHARE * free - states)
+        size = _estimate(accelerator, model, compute, most, USED_SHARE * free - (1 + MOMENTS) * trained)
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
         for buffer, before in zip(model.buffers(), buffers, strict=True):
@@ -115,28 +130,25 @@ def largest_micro_batch(accelerator: Accelerator, model: nn.Module, dataset: Dat
     return size
 
 
-def _try_on_gpu(device: torch.device, compute: Callable[[int], None], states: int, most: int) -> int:
+def _try_on_gpu(device: torch.device, compute: Callable[[int], None], moments: int, most: int) -> int:
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0]
-    size = 0
-    with contextlib.suppress(torch.OutOfMemoryError):
-        # The states of the optimizer come later, and so do the buffers of NCCL.
-        reserved = torch.empty(states + int((1 - USED_SHARE) * free), dtype=torch.uint8, device=device)
 
-        @find_executable_batch_size(starting_batch_size=most)
-        def run(size: int) -> int:
-            compute(size)
-            return size
+    @find_executable_batch_size(starting_batch_size=most)
+    def run(size: int) -> int:
+        compute(size)
+        return size
 
-        with contextlib.suppress(RuntimeError):  # accelerate's, at size 0
-            size = run()
-        del reserved
+    reserved, size = None, 0
+    try:
+        # The moments of the optimizer come later, and so do the buffers of NCCL; the passes make the gradient.
+        reserved = torch.empty(moments + int((1 - USED_SHARE) * free), dtype=torch.uint8, device=device)
+        size = run()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not str(error).startswith(NOTHING_FITS):
+            raise
+    del reserved
     torch.cuda.empty_cache()
-    if not size:
-        raise UserError(
-            f"not even one sequence fits into the {free / 1e9:.1f} GB that are free on {device}; shorten "
-            "--sequence-length, or use a smaller model"
-        )
     return size
 
 

@@ -10,9 +10,9 @@ SLOW, FAST = (Speed(0.0, seconds, 0.5, 0.5, 1e9) for seconds in (2.0, 1.0))
 
 
 def workload(bandwidth: float, **changes) -> Workload:
-    sizes = {"batch_size": 6, "micro_batch_size": 8, "sequence_length": 10}
-    run = TrainConfig(model_name="-", dataset_path="-", output_dir="-", **sizes, **changes)
-    return Workload(run, Network(0.0, bandwidth), parameter_bytes=[100], sync_every=20)
+    sizes = {"batch_size": 6, "micro_batch_size": 8, "sequence_length": 10} | changes
+    run = TrainConfig(model_name="-", dataset_path="-", output_dir="-", **sizes)
+    return Workload(run, 8, Network(0.0, bandwidth), parameter_bytes=[100], sync_every=20)
 
 
 def test_unequal_machines_get_shares_and_a_slow_network_gets_fp16_gradients():
@@ -30,6 +30,8 @@ def test_equal_machines_with_a_fast_network_need_no_more_flags():
     assert forecast.with_flags == forecast.here.ddp
     assert not forecast.notes
     assert forecast.such_machines[2].ddp.seconds == pytest.approx(forecast.here.ddp.seconds)
+    chosen = make_forecast(workload(bandwidth=1e9, micro_batch_size=0), 2, [FAST, FAST], [3, 3])
+    assert chosen.flags == "--batch-size 6", "train.py chooses"
     assert forecast.such_machines[8] is None, "six sequences are too few for eight machines"
 
 

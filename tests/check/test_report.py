@@ -24,7 +24,7 @@ STEP = ["seconds", "compute", "waiting", "sync", "tokens_per_second"]
 @pytest.fixture
 def report() -> Report:
     """A report with everything that a check measures."""
-    workload = Workload(RUN, Network(0.0, 1e9), [100], sync_every=20)
+    workload = Workload(RUN, 8, Network(0.0, 1e9), [100], sync_every=20)
     return Report(
         cluster="lab",
         machine="bob",

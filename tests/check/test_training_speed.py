@@ -41,3 +41,18 @@ def test_the_fixed_time_and_the_time_per_sequence_are_measured_apart():
     assert speed.per_sequence == pytest.approx(0.005, rel=0.3)
     assert speed.gradient_seconds(6, 6)[0] == pytest.approx(0.04, rel=0.3)
     assert speed.backward < 0.3, "nearly all of the time is the forward pass"
+
+
+def test_a_size_that_does_not_fit_into_the_memory_is_made_smaller():
+    class Small(Sleepy):
+        """A model on a GPU that holds three sequences."""
+
+        def forward(self, input_ids, loss_labels, use_cache):
+            sizes.append(len(input_ids))
+            if len(input_ids) > 3:
+                raise RuntimeError("CUDA out of memory.")
+            return self.embedding(input_ids).sum()
+
+    model, sizes = Small(), []
+    speed = measure_speed(model, [torch.optim.SGD(model.parameters())], 8, 6, "cpu", "no")
+    assert speed.per_sequence > 0 and sizes[-1] == 3 and max(sizes) == 6

@@ -39,8 +39,15 @@ def test_a_frozen_head_gets_no_gradient(small_slices):
     assert weight.grad is None and hidden.grad.abs().sum() > 0
 
 
+@pytest.fixture(params=[False, True], ids=["as on a CPU", "as on a GPU"])
+def layout(monkeypatch, request):
+    """The layout of the logits on a CPU, and that on a GPU, where the vocabulary is extended."""
+    monkeypatch.setattr(chunked_loss, "_is_on_gpu", lambda tensor: request.param)
+    monkeypatch.setattr(torch.version, "cuda", None)
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_in_bf16_it_is_as_exact_as_the_full_matrix(small_slices, has_bias):
+def test_in_bf16_it_is_as_exact_as_the_full_matrix(small_slices, layout, has_bias):
     """Both compute the logits in bf16, and the loss from them in fp32. The last slice and the last piece are short."""
     torch.manual_seed(0)
     hidden, weight, bias = numbers(10, 64), numbers(501, 64), numbers(501) if has_bias else None
@@ -60,12 +67,14 @@ def test_in_bf16_it_is_as_exact_as_the_full_matrix(small_slices, has_bias):
     assert error(chunked) <= 1.5 * error(full)
 
 
-def test_evaluation_counts_correct_predictions(small_slices):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_counts_correct_predictions(small_slices, layout, dtype):
     torch.manual_seed(0)
     hidden, weight, labels = numbers(10, 8), numbers(21, 8), torch.randint(0, 21, (10,))
-    logits = F.linear(hidden, weight)
-    labels[:4], labels[9] = logits[:4].argmax(1), -100
-    loss, num_correct = chunked_loss.chunked_evaluation_sums(hidden, weight, None, labels)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = F.linear(hidden, weight).float()
+        labels[:4], labels[9] = logits[:4].argmax(1), -100
+        loss, num_correct = chunked_loss.chunked_evaluation_sums(hidden, weight, None, labels)
     assert loss.item() == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-6)
     assert num_correct == (logits.argmax(1) == labels).sum() >= 4
 

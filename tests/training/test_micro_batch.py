@@ -1,12 +1,15 @@
-"""`--micro-batch-size auto`: how many sequences fit into the free memory."""
+"""How many sequences a forward pass has: what is fast, what fits into the free memory, and what the flag says."""
 
 import resource
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from forge_lib.config import AUTO, TrainConfig
+from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
 from forge_lib.models.loading import load_model
 from forge_lib.training import micro_batch
@@ -66,3 +69,43 @@ def test_the_size_follows_the_free_memory_and_the_model_is_as_before():
 def test_the_flag_takes_a_number_or_auto():
     assert parse_config(TrainConfig, [*REQUIRED, "--micro-batch-size", "auto"]).micro_batch_size == AUTO
     assert parse_config(TrainConfig, [*REQUIRED, "--micro-batch-size", "3"]).micro_batch_size == 3
+
+
+@dataclass
+class Alone:
+    """The session of one process."""
+
+    config: TrainConfig
+    device: str
+    agreement = SimpleNamespace(mixed_precision="no", processes=[SimpleNamespace(machine=0)])
+    peers = SimpleNamespace(set_status=lambda text: None, barrier=lambda name: None)
+    world = SimpleNamespace(num_local_processes=1)
+
+
+def choose(monkeypatch, fitting: int, *flags: str, device: str = "cuda", is_balanced: bool = False) -> int:
+    """Returns the chosen size of a process whose share is 24 of 48 sequences, and whose memory holds `fitting`."""
+    monkeypatch.setattr(micro_batch, "largest_micro_batch", lambda *given: min(given[3], fitting))
+    session = Alone(parse_config(TrainConfig, [*REQUIRED, "--batch-size", "48", *flags]), device)
+    accelerator = SimpleNamespace(process_index=0, device=device)
+    balancer = SimpleNamespace(shares=[24, 24], is_on=is_balanced)
+    inputs = SimpleNamespace(model=None, dataset=None)
+    return micro_batch.choose_micro_batch(session, accelerator, inputs, balancer)[1].micro_batch_size
+
+
+def test_without_the_flag_a_gpu_gets_a_fast_size_or_what_fits(monkeypatch, capsys):
+    assert choose(monkeypatch, 1000) == 24, "its share"
+    assert choose(monkeypatch, 1000, "--sequence-length", "2048") == 8, "16,384 tokens"
+    assert choose(monkeypatch, 1000, "--compile", is_balanced=True) == 8, "the share changes"
+    assert capsys.readouterr().err == ""
+    assert choose(monkeypatch, 5) == 5 and choose(monkeypatch, 0) == 1
+    line = "process 0: micro-batches of {} sequences, because 24 do not fit into the memory of its GPU\n"
+    assert capsys.readouterr().err == line.format(5) + line.format(1)
+    assert choose(monkeypatch, 5, "--micro-batch-size", "7") == 7
+    assert choose(monkeypatch, 5, device="cpu") == 2
+
+
+def test_auto_is_what_fits_of_all_that_the_process_may_get(monkeypatch):
+    assert choose(monkeypatch, 1000, "--micro-batch-size", "auto") == 24
+    assert choose(monkeypatch, 1000, "--micro-batch-size", "auto", is_balanced=True) == 48
+    with pytest.raises(UserError, match="auto: not even one sequence fits into the memory of cuda"):
+        choose(monkeypatch, 0, "--micro-batch-size", "auto")
