@@ -11,19 +11,19 @@ AUTOCAST = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode.
 AUTOCAST_IN_KEY = (2, 13)  # from this version on, the cache tells graphs of different autocast types apart
 
 
-def prepare_compiler() -> threading.Thread:
+def prepare_compiler(device: str) -> threading.Thread:
     """Starts what the compiler does once in each process, while the model and the data are loaded; join the thread."""
-    thread = threading.Thread(target=_prepare, name="compiler", daemon=True)
+    thread = threading.Thread(target=_prepare, args=(device,), name="compiler", daemon=True)
     thread.start()
     return thread
 
 
-def _prepare() -> None:
-    """Imports the compiler, and lets it try out the CPU's vector instructions; notes on disk if all of them work."""
+def _prepare(device: str) -> None:
+    """Imports the compiler. For a CPU, lets it try out the vector instructions; notes on disk if all of them work."""
     import torch._inductor.compile_fx  # noqa: F401
     from torch._inductor import cpu_vec_isa
 
-    if (passed := _passed_file()).exists():
+    if device != "cpu" or (passed := _passed_file()).exists():
         return
     with suppress(Exception):  # torch reports it at the first step, with its reason
         flags = cpu_vec_isa.x86_isa_checker()

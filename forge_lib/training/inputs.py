@@ -144,7 +144,7 @@ def load_inputs(session: Session) -> Inputs:
 def _load_model(session: Session, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[torch.nn.Module, bool]:
     """Returns the model of the run, and whether its weights or buffers change in evaluation mode."""
     config = session.config
-    compiler = prepare_compiler() if config.compile else None
+    compiler = prepare_compiler(session.device) if config.compile else None
     model = _load_seeded(session, tokenizer)
     changes_in_evaluation = check_model(model, config.mask_documents, config.sequence_length)
     if changes_in_evaluation:  # the check has changed it
