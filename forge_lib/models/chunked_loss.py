@@ -124,16 +124,20 @@ class _Head:
             gradient = self._logits[: len(places)].copy_(log_probabilities.exp_())
         return gradient.scatter_(1, places, of_labels.to(gradient.dtype))
 
-    def add_weight_gradient(self, total: torch.Tensor, gradient: torch.Tensor, part: torch.Tensor) -> None:
-        """Adds `logits_gradient`'s transpose times [n, width] to `total`, [vocabulary, width] fp32."""
+    def add_weight_gradient(self, total: torch.Tensor, gradient: torch.Tensor, part: torch.Tensor, beta: int) -> None:
+        """Sets `total`, [vocabulary, width] fp32, to beta (0 or 1) times itself, plus `logits_gradient`'s transpose
+        times `part`, [n, width]."""
         gradient = gradient[:, : self._size]
         if part.dtype == torch.float32:
-            total.addmm_(gradient.t(), part)
+            total.addmm_(gradient.t(), part, beta=beta)
         elif self._on_gpu and torch.version.cuda and torch.__version__ >= ADDS_MIXED:
-            torch.addmm(total, gradient.t(), part, out_dtype=torch.float32, out=total)
+            torch.addmm(total, gradient.t(), part, out_dtype=torch.float32, beta=beta, out=total)
         else:  # in pieces, because torch makes a copy of the product in fp32
             for piece, columns in zip(total.split(PIECE_ROWS), gradient.split(PIECE_ROWS, dim=1), strict=True):
-                piece += columns.t() @ part
+                if beta:
+                    piece += columns.t() @ part
+                else:
+                    piece.copy_(columns.t() @ part)
 
 
 def _loss_sum(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -151,7 +155,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        new = torch.empty_like if len(hidden) else torch.zeros_like  # the first slice overwrites it
+        weight_gradient = new(weight, dtype=torch.float32) if needs_weight else None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         loss, head = torch.zeros((), device=hidden.device), _Head(hidden, weight, bias)
@@ -166,7 +171,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if needs_hidden:
                 torch.mm(gradient, head.weight, out=hidden_gradient[start : start + head.rows]).mul_(counts)
             if needs_weight:
-                head.add_weight_gradient(weight_gradient, gradient, part * counts)
+                head.add_weight_gradient(weight_gradient, gradient, part * counts, beta=min(start, 1))
             if needs_bias:
                 bias_gradient += gradient[:, : len(bias)].mul_(counts).sum(0, dtype=torch.float32)
         ctx.gradients = hidden_gradient, weight_gradient, bias_gradient

@@ -84,3 +84,9 @@ def test_slices_are_larger_in_bf16_on_a_cpu():
     assert chunked_loss.slice_rows(50_257, cpu, torch.float32) == 256
     assert chunked_loss.slice_rows(50_257, cpu, torch.bfloat16) == 512
     assert chunked_loss.slice_rows(50_257, gpu, torch.bfloat16) * 50_257 <= 1 << 26
+
+
+def test_without_predictions_all_gradients_are_0():
+    hidden, weight = numbers(0, 8), numbers(21, 8)
+    chunked_loss.chunked_loss_sum(hidden, weight, None, torch.zeros(0, dtype=torch.int64)).backward()
+    assert torch.equal(weight.grad, torch.zeros(21, 8))
