@@ -10,7 +10,7 @@ from forge_lib.config import TrainConfig
 from forge_lib.data.batches import fit_shares
 from forge_lib.errors import UserError
 from forge_lib.process import World
-from forge_lib.training.balance import SKIPPED_STEPS, WINDOW, Balancer
+from forge_lib.training.balance import CALM_STEPS, SKIPPED_STEPS, WINDOW, Balancer
 
 
 def make(batch_size: int, count: int, **flags) -> tuple[Balancer, list[dict]]:
@@ -93,6 +93,7 @@ def test_soon_after_a_change_only_a_large_gain_changes_the_shares_again():
         assert len(events) - 1 == num_changes
     run(balancer, [1.0, 1 / 1.4], 70)
     assert len(events) == 3, "later, a small gain is enough"
+    assert 50 - events[1]["step"] + events[2]["step"] >= CALM_STEPS
 
 
 def test_fixed_costs_do_not_make_the_shares_oscillate():
