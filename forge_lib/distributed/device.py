@@ -55,15 +55,14 @@ def choose_micro_batch_size(device: str, sequence_length: int, precision: str, n
     then it should be long.
 
     Args:
-        device: "cpu", "cuda" or another one; "auto": a GPU if there is one.
+        device: "cpu", "cuda" or "mps".
         sequence_length: tokens per sequence.
-        precision: --mixed-precision: "no", "bf16" or "fp16"; "auto": it is not known yet.
+        precision: "no", "bf16" or "fp16".
         num_machines: that train together.
     """
-    is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    if not is_cpu and device != "mps":
+    if device == "cuda":
         return max(1, GPU_TOKENS // sequence_length)
-    if not is_cpu or num_machines > 1:
+    if device != "cpu" or num_machines > 1:
         return MICRO_BATCH_SIZE
     tokens = CPU_TOKENS_BF16 if precision == "bf16" else CPU_TOKENS
     return min(MICRO_BATCH_SIZE, max(1, tokens // sequence_length))
