@@ -52,34 +52,33 @@ def choose_micro_batch(
         UserError: with `auto`, not even one sequence fits into the memory of a GPU.
     """
     config, rank = session.config, accelerator.process_index
-    is_auto, on_gpu = config.micro_batch_size == AUTO, session.device == "cuda"
-    if is_auto:
+    size, share = config.micro_batch_size, max(1, balancer.shares[rank])
+    measured = (accelerator, inputs.model, inputs.dataset)
+    if size == AUTO:
         session.peers.set_status("measuring its memory")
         return_freed_memory()
     session.peers.barrier("memory/loaded")
-    free = free_memory(session.world.num_local_processes) if is_auto and not on_gpu else 0
+    free = free_memory(session.world.num_local_processes) if size == AUTO else 0
     session.peers.barrier("memory/read")  # the passes of other processes need some of it
-    share = max(1, balancer.shares[rank])
-    if is_auto:
-        size = most = config.batch_size if balancer.is_on else share
-    else:
-        size = most = config.micro_batch_size or _fast_size(session, share, balancer.is_on)
-    if is_auto or (on_gpu and not config.micro_batch_size):
-        size = largest_micro_batch(accelerator, inputs.model, inputs.dataset, most, free)
-    if is_auto and not size:
-        raise UserError(
-            f"--micro-batch-size auto: not even one sequence fits into the memory of {accelerator.device}; "
-            "shorten --sequence-length, or use a smaller model"
-        )
-    size = max(1, size)  # without the flag the run tries: it may need less than the measurement reserves
-    if is_auto:
+    if size == AUTO:
+        size = largest_micro_batch(*measured, config.batch_size if balancer.is_on else share, free)
+        if not size:
+            raise UserError(
+                f"--micro-batch-size auto: not even one sequence fits into the memory of {accelerator.device}; "
+                "shorten --sequence-length, or use a smaller model"
+            )
         print(f"process {rank}: micro-batches of up to {size} sequences", file=sys.stderr, flush=True)
-    elif size < most:
-        print(
-            f"process {rank}: micro-batches of {size} sequences, because {most} do not fit into the memory of its GPU",
-            file=sys.stderr,
-            flush=True,
-        )
+    elif not size:
+        wanted = size = _fast_size(session, share, balancer.is_on)
+        if session.device == "cuda":  # at least 1: the run may need less than the measurement reserves
+            size = max(1, largest_micro_batch(*measured, wanted, free))
+        if size < wanted:
+            print(
+                f"process {rank}: micro-batches of {size} sequences, because {wanted} do not fit into the memory of "
+                "its GPU",
+                file=sys.stderr,
+                flush=True,
+            )
     config = dataclasses.replace(config, micro_batch_size=size)
     return dataclasses.replace(session, config=config), config
 
