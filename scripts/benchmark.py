@@ -27,7 +27,13 @@ from forge_lib.benchmark.report import Report, import_pyplot, write_report
 from forge_lib.benchmark.save import measure_saves
 from forge_lib.benchmark.start import measure_starts
 from forge_lib.benchmark.step import Setting
-from forge_lib.benchmark.step_reports import measure_growth, measure_limit, measure_masking, measure_steps
+from forge_lib.benchmark.step_reports import (
+    measure_gpu_steps,
+    measure_growth,
+    measure_limit,
+    measure_masking,
+    measure_steps,
+)
 from forge_lib.config import ModelNameConfig, RangeChecked, flag
 from forge_lib.distributed.reporting import report_errors
 from forge_lib.flags import parse_config
@@ -100,7 +106,7 @@ def prepare(config: BenchmarkConfig) -> list[Report]:
 def step(config: BenchmarkConfig) -> Iterable[Report]:
     """Measures steps beside Trainer, beside their matrix products, and with masked documents."""
     setting = Setting(work_folder(config), config.model_name, config.dataset_path)
-    for measure in (measure_steps, measure_limit, measure_masking):
+    for measure in (measure_steps, measure_gpu_steps, measure_limit, measure_masking):
         yield from measure(setting, config.rounds)
 
 

@@ -28,7 +28,7 @@ COLUMNS = ("model", "beside Trainer", "processes", "tokens/s", "Trainer", "ratio
 
 
 def measure_steps(setting: Setting, rounds: int) -> list[Report]:
-    """Measures speed and memory: in fp32 beside Trainer's fastest, compiled, with recomputed activations; on a GPU."""
+    """Measures speed and memory: in fp32 beside Trainer's fastest, compiled, with recomputed activations."""
     recomputed = replace(LLAMA_49K, name="Llama 49,152, recomputed", flags=("--gradient-checkpointing",))
     cases = [
         (LLAMA_9M, "best", 1), (LLAMA_9M, "best", 2), (LLAMA_9M, "default", 1), (LLAMA_9M, "compiled", 1),
@@ -42,19 +42,22 @@ def measure_steps(setting: Setting, rounds: int) -> list[Report]:
         compare_steps(setting, replace(each, has_defaults=True), "default", 1, rounds)
         for each in (LLAMA_9M, GPT2_124M)
     ]
-    reports = []
-    if torch.cuda.is_available():
-        kinds = ("bf16", "bf16, compiled")
-        on_gpu = [compare_steps(setting, each, kind, 1, rounds) for each in GPU_WORKLOADS for kind in kinds]
-        reports.append(_report("gpu", f"Steps beside transformers.Trainer, {torch.cuda.get_device_name()}", on_gpu))
     counts = [each for each in figures if (each.workload, each.baseline) == (LLAMA_9M.name, "best")]
     speeds = _report("speed_processes", "Tokens/s over the processes, fp32, one thread each", counts)
     return [
-        *reports,
         _report("step", "Steps beside transformers.Trainer, fp32, one thread each", figures),
         _report("defaults", "Steps beside transformers.Trainer, precision and threads by default", defaults),
         replace(speeds, plot=lambda axes: _curves(axes, counts, [1, 2], "processes", _speed, "tokens/s")),
     ]
+
+
+def measure_gpu_steps(setting: Setting, rounds: int) -> list[Report]:
+    """Measures speed and memory on a GPU, in bf16, beside Trainer's fastest, and compiled; nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return []
+    kinds = ("bf16", "bf16, compiled")
+    figures = [compare_steps(setting, each, kind, 1, rounds) for each in GPU_WORKLOADS for kind in kinds]
+    return [_report("gpu", f"Steps beside transformers.Trainer, bf16, {torch.cuda.get_device_name()}", figures)]
 
 
 def measure_limit(setting: Setting, rounds: int) -> list[Report]:

@@ -2,8 +2,8 @@
 
     python -m forge_lib.benchmark.trainer '{"model": "…", "store": "…", …}'
 
-Prints a JSON object with what `train` returns. It trains as train.py does with the same values: the
-same blocks in the same order, the same initial weights, AdamW with the same rates.
+Prints a JSON object with what `train` returns. It trains as train.py does with the same values: the same blocks in the
+same order, the same initial weights, AdamW with the same rates.
 """
 
 import json
