@@ -97,7 +97,7 @@ def parse_config(
         usage=f"%(prog)s {f'{positional.upper()} ' if positional else ''}[--config FILE] [flags]",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with defaults for these flags")
-    known = [field.name for group in groups for field in fields(group)]
+    known = {field.name: field.type for group in groups for field in fields(group)}
     if positional and argv and not argv[0].startswith("-"):
         argv = [flag_name(positional), *argv]
 
@@ -114,42 +114,49 @@ def parse_config(
     return config_class(**values)
 
 
-def _check_flags_are_known(argv: list[str], flags: Collection[str], known: list[str]) -> None:
+def _check_flags_are_known(argv: list[str], flags: Collection[str], known: Collection[str]) -> None:
     launch_flags = {field.name for field in fields(LaunchConfig)}
-    for word in argv:
+    for before, word in zip(["", *argv], argv, strict=False):
         name = word.split("=")[0]
         if not name.startswith("--") or name in flags:
             continue
         if name.lstrip("-").replace("-", "_") in launch_flags:
             raise UserError(f"{name} is a flag of p2p-llm-forge; here the accelerate YAML gives the topology")
-        raise UserError(f"unknown flag {name}{_did_you_mean(name, known)}; --help lists all flags")
+        value = f"; or, if it is the value of {before}: {before}={word}" if before in flags else ""
+        raise UserError(f"unknown flag {name}{_did_you_mean(name, known)}; --help lists all flags{value}")
 
 
-def _read_yaml(path: Path, known: list[str]) -> list[str]:
-    """Returns the keys of a YAML file as flags, so that both are parsed and checked in the same way."""
+def _read_yaml(path: Path, known: dict[str, Any]) -> list[str]:
+    """Returns the keys of a YAML file as flags, so that both are parsed and checked in the same way.
+
+    The values are taken as they are written: YAML would read `no` as False, and 3:1 as 181.
+
+    Args:
+        path: the file.
+        known: the names of the flags, and their types.
+    """
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        values, written = yaml.safe_load(text) or {}, yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not readable as YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected lines of `key: value`, found a {type(values).__name__}")
     flags = []
-    for key, value in values.items():
+    for (key, value), as_written in zip(values.items(), written.values(), strict=True):
         name = str(key).replace("-", "_")
         if name not in known:
             raise UserError(f"--config {path}: unknown key {key!r}{_did_you_mean(str(key), known)}")
-        if value is False and name == "mixed_precision":
-            value = "no"  # YAML reads an unquoted `no` as False
         if isinstance(value, list):
-            flags += [flag_name(name), *map(str, value)]
+            flags += [flag_name(name), *as_written]
         elif value is not None:
-            flags.append(f"{flag_name(name)}={value}")
+            flags.append(f"{flag_name(name)}={value if known[name] is bool else as_written}")
     return flags
 
 
-def _did_you_mean(word: str, known: list[str]) -> str:
+def _did_you_mean(word: str, known: Collection[str]) -> str:
     name = word.lstrip("-").replace("-", "_")
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {flag_name(close[0])}?" if close else ""

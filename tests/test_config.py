@@ -73,3 +73,22 @@ def test_help_shows_every_flag_on_one_line_with_its_default(capsys):
         assert len(line.split()) > 2, f"{flag} has no help on its line"
         if type(field.default) in (int, float) and field.default is not dataclasses.MISSING:
             assert f"[{field.default}]" in line
+
+
+def test_values_of_the_yaml_mean_what_they_mean_on_the_command_line(tmp_path):
+    """YAML itself reads `no` as False, 3:1 as 181, 010 as 8 and 1e-4 as a text."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "gradient_compression: no\nmixed_precision: no\nshares: 3:1\nbatch_size: 010\nlearning_rate: 1e-4\n"
+        "compile: on\nwrite_report: no\nsample_prompt: 2024-01-01\nseed:\ndocument_separator: ''\n"
+    )
+    config = parse_config(TrainConfig, [*NEEDED, "--config", str(path)])
+    assert (config.gradient_compression, config.mixed_precision, config.shares) == ("no", "no", "3:1")
+    assert (config.batch_size, config.learning_rate, config.sample_prompt) == (10, 1e-4, "2024-01-01")
+    assert (config.compile, config.write_report, config.seed, config.document_separator) == (True, False, 0, "")
+
+
+def test_a_value_that_looks_like_a_flag_is_explained():
+    with pytest.raises(UserError, match=r"value of --document-separator: --document-separator=---$"):
+        parse_config(TrainConfig, [*NEEDED, "--document-separator", "---"])
+    assert parse_config(TrainConfig, [*NEEDED, "--document-separator=---"]).document_separator == "---"
