@@ -1,6 +1,9 @@
 """Errors that end a run, their exit codes, and messages for errors of the operating system."""
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 RESUME_HINT = "Start the same command again on every machine: the run continues from its newest checkpoint"
 
@@ -40,6 +43,15 @@ def as_user_error(error: BaseException) -> BaseException:
     if isinstance(error, OSError) and error.filename:
         return UserError(f"{error.filename}: {error.strerror}")
     return error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises UserError for an error of the disk in this block, which writes `path`: a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; free some space, then start again") from None
 
 
 def first_line(error: BaseException) -> str:

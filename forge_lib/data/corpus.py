@@ -5,6 +5,7 @@ from __future__ import annotations  # names of transformers in signatures are no
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from filelock import FileLock
 from forge_lib import disk
 from forge_lib.config import DataConfig, flag_name
 from forge_lib.data.document_writer import DocumentWriter, HashedFile
-from forge_lib.data.files import Source, describe_files, find_source
+from forge_lib.data.files import FORMATS, Source, describe_files, find_source
 from forge_lib.data.reading import Reader
 from forge_lib.data.token_store import (
     FORMAT_VERSION,
@@ -123,13 +124,16 @@ def describe_store(
 ) -> list[str]:
     """Returns lines for the log: which files a store was made of, and what may be unexpected about its documents."""
     source, lines = store.manifest["source"], []
+    defaults = {field.name: field.default for field in fields(DataConfig)}
+    given = [name for name, default in defaults.items() if getattr(config, name) != default]
     if is_store(config.dataset_path):
         made_with = store.manifest.get("options", {})
-        defaults = {field.name: field.default for field in fields(DataConfig)}
-        given = [name for name in OPTIONS if getattr(config, name) not in (defaults[name], made_with.get(name))]
-        if given:
-            flags = ", ".join(map(flag_name, given))
+        if other := [name for name in given if name in OPTIONS and getattr(config, name) != made_with.get(name)]:
+            flags = ", ".join(map(flag_name, other))
             lines.append(f"{flags}: no effect, since {config.dataset_path} is a token store that was made otherwise")
+    elif other := [name for name in given if name in _options_without_effect(source.get("read", {}))]:
+        flags = ", ".join(map(flag_name, other))
+        lines.append(f"{flags}: no effect on the files of {config.dataset_path}")
     if "read" in source:
         lines.append(describe_files(source["path"], source))
     if found := store.manifest.get("special_tokens_in_text"):
@@ -142,6 +146,16 @@ def describe_store(
             "this tokenizer begins a text; make it again with scripts/prepare_data.py"
         )
     return lines
+
+
+def _options_without_effect(kinds: Collection[str]) -> set[str]:
+    """Returns the fields of DataConfig that do not matter for files of these kinds (".csv.gz"); no kind: Hub data."""
+    if not kinds:
+        return set()
+    is_text = {FORMATS.get(kind.split(".")[1]) == "text" for kind in kinds}
+    without_text = set() if True in is_text else {"sample_by", "document_separator"}
+    without_columns = set() if False in is_text else {"text_column"}
+    return {"dataset_config", "dataset_split"} | without_text | without_columns
 
 
 def _make_store(

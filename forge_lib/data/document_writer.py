@@ -10,13 +10,14 @@ import numpy as np
 
 from forge_lib.data.reading import Piece
 from forge_lib.data.tokenizing import Encoder
+from forge_lib.errors import writing
 
 BATCH_CHARACTERS = 1 << 20  # tokenized at a time; a token in the tokenizer takes about 100 bytes of memory
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 class HashedFile:
-    """A file that is written once, from start to end, and hashed meanwhile."""
+    """A file that is written once, from start to end, and hashed meanwhile; a full disk is a UserError."""
 
     def __init__(self, path: Path):
         self.path, self.size, self._hash = path, 0, hashlib.sha256()
@@ -26,11 +27,13 @@ class HashedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
 
     def write(self, array: np.ndarray) -> None:
         data = array.tobytes()
-        self._file.write(data)
+        with writing(self.path):
+            self._file.write(data)
         self._hash.update(data)
         self.size += len(data)
 

@@ -37,7 +37,7 @@ class Source:
         files: the files with content and the format of each, in order; none for a dataset on the Hub.
         empty: the files of 0 bytes.
         num_bytes: size of all files.
-        fingerprint: sha256; changes if the names, sizes or times of the files, or the revision on the Hub, change.
+        fingerprint: sha256; changes if the paths, sizes or times of the files, or the revision on the Hub, change.
         stamps: `disk.stamp` of each file, also of the empty ones, when it was found.
         skipped: names of the files that are not read, by the reason: a suffix, "hidden", "read already", ...
     """
@@ -113,13 +113,14 @@ def find_source(config: DataConfig) -> Source:
     """
     given = config.dataset_path
     path = Path(given).expanduser()
+    if not given:
+        raise UserError("--dataset-path is empty; expected a file, a folder, a pattern, or a dataset on the Hub")
     if not (path.is_file() or path.is_dir() or glob.has_magic(given)):
         return _find_hub_dataset(config)
     found = _find_files(given)
     paths = found.paths
-    names = [str(each.relative_to(path)) if path.is_dir() else each.name for each in paths]
     stamps = {each: disk.stamp(each) for each in paths}
-    identity = [(name, *stamps[each][:2]) for name, each in zip(names, paths, strict=True)]
+    identity = [(str(each.absolute()), *stamps[each][:2]) for each in paths]
     files = [(each, _format(each)) for each in paths if stamps[each][0]]
     if not files:
         raise UserError(f"--dataset-path {given}: empty: {len(paths)} file(s) of 0 bytes; expected text")
@@ -185,10 +186,20 @@ def _find_files(given: str) -> _Finder:
             found.add(each)
     except OSError as error:
         raise UserError(f"{error.filename}: not readable: {error.strerror}") from None
+    if path.is_dir() and any(map(_is_saved_dataset, (path, *path.iterdir()))):
+        raise UserError(
+            f"--dataset-path {given}: a dataset of save_to_disk, whose files are not read; write its splits with "
+            "to_parquet, and name those files"
+        )
     if not found.paths:
         what = "the folder has no file of a known format" if path.is_dir() else "no file of a known format matches"
         raise UserError(f"--dataset-path {given}: {what}: {FORMAT_NAMES}")
     return found
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    """Returns whether `datasets.Dataset.save_to_disk` has written a folder: its json files hold no text."""
+    return (folder / "state.json").is_file() and any(folder.glob("*.arrow"))
 
 
 def _match(pattern: Path) -> Iterator[Path]:

@@ -83,8 +83,9 @@ class TokenStore:
 
 
 def is_store(path: str | Path) -> bool:
-    """Returns whether `path` is a complete token store."""
-    return (Path(path).expanduser() / "manifest.json").is_file()
+    """Returns whether `path` is a token store: a folder of text may have a manifest.json of its own."""
+    folder = Path(path).expanduser()
+    return (folder / "manifest.json").is_file() and any((folder / name).exists() for name in DATA_FILES)
 
 
 def stores_folder() -> Path:

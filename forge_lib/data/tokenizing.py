@@ -55,7 +55,10 @@ def tokenizer_fingerprint(tokenizer: transformers.PreTrainedTokenizerBase) -> st
 def end_id(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
     """Returns the id of the end-of-text token; raises UserError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-text token to join documents with")
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-text token to join documents with; set "
+            "eos_token in its tokenizer_config.json"
+        )
     return tokenizer.eos_token_id
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 
 from forge_lib.config import DataConfig
 from forge_lib.data import document_writer, reading
-from forge_lib.data.corpus import prepare_store
+from forge_lib.data.corpus import describe_store, prepare_store
 from forge_lib.data.files import content_fingerprint, data_exists
 from forge_lib.data.token_store import TokenStore, is_store, open_store
 from forge_lib.errors import UserError
@@ -295,3 +296,49 @@ def test_the_content_fingerprint_depends_on_names_and_bytes_and_not_on_the_folde
     store = make(tokenizer, tmp_path / "a", tmp_path / "store")
     assert content_fingerprint(str(tmp_path / "store")) == store.fingerprint
     assert content_fingerprint("some/dataset-of-the-hub") == ""
+
+
+def test_a_folder_of_text_may_have_a_manifest_json_of_its_own(tokenizer, tmp_path):
+    write(tmp_path, "corpus.jsonl")
+    (tmp_path / "manifest.json").write_text(json.dumps([{"text": "More."}]))
+    assert not is_store(tmp_path)
+    assert texts(make(tokenizer, tmp_path), tokenizer) == [*DOCUMENTS, "More."]
+
+
+def test_files_of_equal_name_size_and_time_in_other_folders_have_stores_of_their_own(tokenizer, tmp_path):
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part.txt").write_text(f"Part {name}.")
+        os.utime(tmp_path / name / "part.txt", (1, 1))
+        found += texts(make(tokenizer, tmp_path / name), tokenizer)
+    assert found == ["Part a.", "Part b."]
+
+
+def test_a_full_disk_is_one_line_that_names_the_file():
+    """/dev/full accepts no byte."""
+    with (
+        pytest.raises(UserError, match="/dev/full cannot be written: No space left on device; free some space"),
+        document_writer.HashedFile(Path("/dev/full")) as file,
+    ):
+        file.write(np.zeros(1 << 20, np.uint8))
+
+
+def test_flags_that_do_not_concern_the_files_are_noted(tokenizer, tmp_path):
+    def notes(name: str, **options) -> list[str]:
+        write(tmp_path / name, f"corpus.{name}")
+        config = DataConfig(dataset_path=str(tmp_path / name), **options)
+        lines = describe_store(prepare_store(config, tokenizer), tokenizer, config)
+        return [line for line in lines if "no effect" in line]
+
+    for name in ("txt", "jsonl"):
+        (tmp_path / name).mkdir()
+    assert notes("txt", sample_by="line") == notes("jsonl") == []
+    path = tmp_path / "jsonl"
+    expected = [f"--sample-by, --dataset-split: no effect on the files of {path}"]
+    assert notes("jsonl", sample_by="line", dataset_split="test") == expected
+    frame = pd.DataFrame({"body": DOCUMENTS})
+    frame.to_json(path / "corpus.jsonl", orient="records", lines=True)
+    config = DataConfig(dataset_path=str(path), text_column="body")
+    assert not any("no effect" in line for line in describe_store(prepare_store(config, tokenizer), tokenizer, config))
+    assert notes("txt", text_column="body") == [f"--text-column: no effect on the files of {tmp_path / 'txt'}"]

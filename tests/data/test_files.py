@@ -2,10 +2,12 @@
 
 import os
 
+import datasets
 import pytest
 from documents import as_jsonl, read, read_all
 
-from forge_lib.data.files import data_exists, describe_files, kind_of
+from forge_lib.config import DataConfig
+from forge_lib.data.files import data_exists, describe_files, find_source, kind_of
 from forge_lib.errors import UserError
 
 
@@ -143,3 +145,15 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
 )
 def test_the_kind_of_a_file_is_its_suffix(tmp_path, name, kind):
     assert kind_of(tmp_path / name) == kind
+
+
+def test_a_folder_of_save_to_disk_is_named_as_such(tmp_path):
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved" / "train")
+    for folder in ("saved", "saved/train"):
+        with pytest.raises(UserError, match=r"a dataset of save_to_disk, whose files are not read; .* to_parquet"):
+            read_all(tmp_path / folder)
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(UserError, match="--dataset-path is empty; expected a file"):
+        find_source(DataConfig(dataset_path=""))
