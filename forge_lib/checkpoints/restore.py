@@ -69,9 +69,10 @@ def find(folder: Path, resume: str, run: dict) -> Found:
             skipped += [f"checkpoint {path.name} is skipped: {problem}" for problem in found.skipped]
             foreign += [f"checkpoint {path.name} belongs to another run: {lines}" for lines in found.foreign]
         return Found(skipped=skipped, foreign=foreign)
-    if not os.path.exists(resume):
+    path = Path(resume).expanduser()
+    if not path.exists():
         return Found()
-    found = _examine(Path(resume).resolve(), run)
+    found = _examine(path.resolve(), run)
     for problem in found.skipped:
         raise UserError(f"--resume {resume}: {problem}. Name another checkpoint, or use --resume auto")
     for lines in found.foreign:

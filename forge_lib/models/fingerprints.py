@@ -1,6 +1,7 @@
 """Hashes that show whether two models are the same."""
 
 import json
+from typing import Any
 
 import torch
 import xxhash
@@ -17,6 +18,24 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def hash_config(model: nn.Module) -> str:
-    """Returns a 128-bit xxh3 hash of the model's configuration, without its path and the version of transformers."""
+    """Returns a 128-bit xxh3 hash of the model's configuration.
+
+    Its path, the version of transformers, and the dropout, which is a flag, do not count.
+    """
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    return xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    content = json.dumps(_without_dropout(config), sort_keys=True, default=str)
+    return xxhash.xxh3_128(content.encode()).hexdigest()
+
+
+def dropout_names(config: dict[str, Any]) -> list[str]:
+    """Returns the names of the probabilities of dropout in a model's configuration."""
+    return [
+        name
+        for name, value in config.items()
+        if (str(name).endswith("pdrop") or "dropout" in str(name)) and type(value) in (int, float)
+    ]
+
+
+def _without_dropout(config: dict[str, Any]) -> dict[str, Any]:
+    parts = {name: _without_dropout(value) for name, value in config.items() if isinstance(value, dict)}
+    return config | parts | dict.fromkeys(dropout_names(config), 0.0)

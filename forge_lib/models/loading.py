@@ -21,6 +21,7 @@ from forge_lib.errors import UserError, first_line
 from forge_lib.models.activations import fuse_activations
 from forge_lib.models.checking import check_gradient
 from forge_lib.models.compilation import compile_model
+from forge_lib.models.fingerprints import dropout_names
 from forge_lib.models.loss import add_loss
 from forge_lib.models.weight_files import (
     check_loaded_keys,
@@ -39,7 +40,13 @@ def load_tokenizer(config: ModelNameConfig) -> transformers.PreTrainedTokenizerB
     folder = Path(config.model_name).expanduser()
     if folder.is_dir():
         check_no_pointers(config.model_name, sorted([*folder.glob("*.json"), *folder.glob("*.model")]))
-    return _load(transformers.AutoTokenizer.from_pretrained, config)
+    tokenizer = _load(transformers.AutoTokenizer.from_pretrained, config)
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # what transformers makes of no files
+        raise UserError(
+            f"--model-name {config.model_name}: its tokenizer knows no text, only special tokens; expected the files "
+            "of a tokenizer, such as tokenizer.json: copy them from where the model comes from"
+        )
+    return tokenizer
 
 
 def load_trained_model(
@@ -89,9 +96,11 @@ def load_model(config: ModelConfig, vocab_size: int, sequence_length: int) -> tr
         )
     check_fit(model_config, vocab_size, sequence_length)
     text_config = model_config.get_text_config()
-    for name, value in text_config.to_dict().items():
-        if (name.endswith("pdrop") or "dropout" in name) and isinstance(value, float):
-            setattr(text_config, name, config.dropout)
+    dropouts = dropout_names(text_config.to_dict())
+    for name in dropouts:
+        setattr(text_config, name, config.dropout)
+    if config.dropout and not dropouts and not config.lora_rank:  # the adapters of LoRA have their own
+        raise UserError(f"--dropout has no effect on models of type {model_config.model_type}; remove the flag")
     model_config.return_dict = True  # a few configurations turn it off
     if has_weights(config.model_name) and not config.from_scratch:
         model = _load_weights(config, config=model_config)
@@ -110,7 +119,6 @@ def adapt_model(model: transformers.PreTrainedModel, config: ModelConfig) -> nn.
     """
     kind = model.config.model_type
     if config.gradient_checkpointing:
-        model.config.use_cache = False
         try:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         except ValueError as error:
@@ -184,7 +192,8 @@ def check_fit(
     if text_config.vocab_size < vocab_size:
         raise UserError(
             f"--model-name: the tokenizer knows {vocab_size} tokens, but the model's vocabulary has "
-            f"{text_config.vocab_size}; the two do not belong together"
+            f"{text_config.vocab_size}; the two do not belong together: remove tokens that were added to the "
+            f"tokenizer, or resize the model's embeddings to {vocab_size} and save it"
         )
 
 
@@ -259,6 +268,11 @@ def _find_model(config: ModelNameConfig) -> dict[str, Any]:
     if path.suffix == ".gguf" and path.is_file():
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, **options}
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise UserError(
+                f"--model-name {name}: the folder has a LoRA adapter without its model; name a folder in which it is "
+                "merged into the weights, such as final/ of a run"
+            )
         if not (path / "config.json").is_file():
             raise UserError(f"--model-name {name}: the folder has no config.json; expected a model folder")
         return {"pretrained_model_name_or_path": str(path), **options}

@@ -23,7 +23,7 @@ from transformers import (
 
 from forge_lib.config import ModelConfig, ModelNameConfig
 from forge_lib.errors import UserError
-from forge_lib.models.fingerprints import hash_weights
+from forge_lib.models.fingerprints import hash_config, hash_weights
 from forge_lib.models.loading import (
     adapt_model,
     load_model,
@@ -324,3 +324,36 @@ def test_what_a_model_does_not_support_is_one_line_that_names_the_flag(tmp_path,
     with pytest.raises(UserError, match=message) as error:
         load(tmp_path, **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_the_files_of_a_tokenizer_is_an_error(tmp_path):
+    """transformers makes a tokenizer of them that knows the end-of-text token only: all documents would be empty."""
+    build_model(GPT2, tmp_path).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer knows no text, only special tokens; expected the files"):
+        load_tokenizer(ModelNameConfig(model_name=str(tmp_path)))
+
+
+def test_a_folder_with_an_adapter_only_is_an_error(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="a LoRA adapter without its model"):
+        load_model(ModelConfig(model_name=str(tmp_path)), 97, 32)
+
+
+def test_dropout_also_replaces_a_whole_number_and_never_lacks_an_effect(tmp_path):
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0)
+    model = build_model(config, tmp_path, dropout=0.5)
+    assert (model.config.resid_pdrop, model.transformer.h[0].attn.resid_dropout.p) == (0.5, 0.5)
+    mamba = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1)
+    with pytest.raises(UserError, match="--dropout has no effect on models of type mamba; remove the flag"):
+        build_model(mamba, tmp_path, dropout=0.5)
+
+
+def test_flags_that_do_not_change_the_model_do_not_change_the_hash_of_its_configuration(tmp_path):
+    """So a run can be continued with them."""
+    hashes = {
+        hash_config(build_model(GPT2, tmp_path / str(n), **options))
+        for n, options in enumerate(({}, {"dropout": 0.1}, {"gradient_checkpointing": True}))
+    }
+    assert len(hashes) == 1
+    other = GPT2Config(**GPT2.to_dict() | {"n_inner": 48})
+    assert hash_config(build_model(other, tmp_path / "other")) not in hashes
