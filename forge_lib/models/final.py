@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from forge_lib import disk
+from forge_lib.errors import writing
 
 
 def save_final(
@@ -26,17 +28,27 @@ def save_final(
         tokenizer: its tokenizer.
         folder: written under a temporary name and then renamed; it replaces an older folder of that name.
         add_files: writes further files into the folder, such as the model card.
+
+    Raises:
+        UserError: the disk is full or has failed; a folder of that name stays as it was.
     """
     folder = folder.resolve() if folder.is_symlink() else folder  # the link stays
     disk.restore(folder)
     partial = disk.partial_path(folder)
     disk.remove(partial)
-    if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(partial / "adapter")
-        model = model.merge_and_unload()
-    model.config.use_cache = True
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    add_files(partial)
-    disk.flush_all(partial)
-    disk.place(folder)
+    with writing(folder):
+        if hasattr(model, "merge_and_unload"):
+            _save_model(model, partial / "adapter")
+            model = model.merge_and_unload()
+        _save_model(model, partial)
+        tokenizer.save_pretrained(partial)
+        add_files(partial)
+        disk.flush_all(partial)
+        disk.place(folder)
+
+
+def _save_model(model: nn.Module, folder: Path) -> None:
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk, as the library reports it
+        raise OSError(None, str(error)) from None

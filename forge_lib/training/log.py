@@ -70,11 +70,17 @@ class MetricsLog:
 
 
 def write_run_json(folder: Path, content: dict) -> None:
-    """Writes run.json, which describes the run for people and programs. Call on the main process."""
+    """Writes run.json, which describes the run for people and programs. Call on the main process.
+
+    If the disk is full, the file stays as it was.
+    """
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path = folder / "run.json"
-    partial_path(path).write_text(text, encoding="utf-8")
-    partial_path(path).replace(path)  # a reader never finds half of it
+    try:
+        partial_path(path).write_text(text, encoding="utf-8")
+        partial_path(path).replace(path)  # a reader never finds half of it
+    except OSError as error:
+        logger.warning(f"{path} cannot be written: {error.strerror}; the run continues")
 
 
 def describe_batches(config: TrainConfig, plan: BatchPlan, shares: list[int]) -> str:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from forge_lib.errors import UserError
-from forge_lib.training.log import MetricsLog, to_json
+from forge_lib.training.log import MetricsLog, to_json, write_run_json
 from forge_lib.training.trackers import Trackers, choose_trackers
 
 
@@ -87,3 +87,11 @@ def test_each_tracker_is_started_once_and_one_that_cannot_start_takes_no_other_w
     assert started == ["first", "bad", "last"]
     assert [tracker.name for tracker in accelerator.trackers] == ["first", "last"]
     assert "cannot start: no connection" in caplog.text
+
+
+def test_a_full_disk_leaves_run_json_as_it_was(tmp_path, caplog):
+    write_run_json(tmp_path, {"step": 1})
+    (tmp_path / ".partial-run.json").symlink_to("/dev/full")
+    write_run_json(tmp_path, {"step": 2})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"step": 1}
+    assert "run.json cannot be written: No space left on device; the run continues" in caplog.text
