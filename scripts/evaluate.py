@@ -19,6 +19,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -34,6 +35,7 @@ from forge_lib.distributed.environment import check_environment
 from forge_lib.distributed.facts import InputFacts, local_facts
 from forge_lib.distributed.peers import Peers
 from forge_lib.distributed.reporting import report_errors
+from forge_lib.errors import UserError, first_line
 from forge_lib.flags import parse_config
 from forge_lib.models.checking import check_model
 from forge_lib.models.document_attention import use_document_attention
@@ -117,11 +119,11 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             barrier=lambda: peers.barrier("evaluated"),
         )
         if accelerator.is_main_process:
-            if metrics:
-                predictions, references = continue_documents(config, model, tokenizer, stream)
-                for metric in metrics:
-                    results |= metric.compute(predictions=predictions, references=references)
-            print(json.dumps(to_json(results), indent=2))
+            try:
+                if metrics:
+                    results |= compute_metrics(metrics, *continue_documents(config, model, tokenizer, stream))
+            finally:  # the loss is known, whatever the metrics do
+                print(json.dumps(to_json(results), indent=2))
         peers.barrier("end")
         accelerator.end_training()
     return results
@@ -151,13 +153,28 @@ def compare(
     return agreement
 
 
+def compute_metrics(metrics: list[Any], predictions: list[str], references: list[str]) -> dict[str, float]:
+    """Returns what metrics of the evaluate package find; raises UserError if one of them does not compare texts."""
+    results = {}
+    for metric in metrics:
+        try:
+            results |= metric.compute(predictions=predictions, references=references)
+        except Exception as error:  # whatever a metric raises
+            raise UserError(f"--metrics {metric.name}: cannot compare texts ({first_line(error)})") from None
+    return results
+
+
 def continue_documents(
     config: EvaluateConfig,
     model: transformers.PreTrainedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
     stream: TokenStream,
 ) -> tuple[list[str], list[str]]:
-    """Lets the model continue documents after their first half; returns its continuations and the second halves."""
+    """Lets the model continue documents after their first half; returns its continuations and the second halves.
+
+    Raises:
+        UserError: all documents are too short.
+    """
     predictions, references = [], []
     start = 0
     while len(predictions) < config.num_prompts and start < stream.num_tokens:
@@ -172,6 +189,8 @@ def continue_documents(
         ids = generate_ids(model, document[:half], tokenizer.eos_token_id, config.seed, length, temperature=0)
         predictions.append(tokenizer.decode(ids[half:], skip_special_tokens=True))
         references.append(tokenizer.decode(document[half:], skip_special_tokens=True))
+    if not predictions:
+        raise UserError(f"--metrics needs documents of at least {2 * MIN_HALF} tokens; all are shorter (--sample-by)")
     return predictions, references
 
 

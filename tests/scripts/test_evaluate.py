@@ -10,7 +10,7 @@ from forge_lib.errors import UserError
 from forge_lib.flags import parse_config
 from forge_lib.models.generation import generate_ids
 from forge_lib.models.loading import load_trained_model
-from scripts.evaluate import EvaluateConfig, continue_documents
+from scripts.evaluate import EvaluateConfig, compute_metrics, continue_documents
 from scripts.generate import GenerateConfig
 
 TINY = ["--model-name", "data/tiny_gpt2"]
@@ -66,3 +66,18 @@ def test_metrics_compare_the_second_half_of_documents_with_what_the_model_genera
         assert prompt + reference == text
         generated = generate_ids(model, document[:half], document[-1], 0, len(document) - half, temperature=0)
         assert prompt + prediction == tokenizer.decode(generated, skip_special_tokens=True)
+
+
+def test_a_metric_that_cannot_compare_texts_and_documents_that_are_too_short_are_one_line(trained):
+    class Accuracy:
+        name = "accuracy"
+
+        def compute(self, **texts):
+            raise ValueError("could not convert string to float")
+
+    with pytest.raises(UserError, match=r"--metrics accuracy: cannot compare texts \(could not convert string"):
+        compute_metrics([Accuracy()], ["a"], ["b"])
+    config = EvaluateConfig(model_name="m", dataset_path="d")
+    stream = TokenStream(np.zeros(6, np.uint16), np.array([0, 3, 6], np.uint64))
+    with pytest.raises(UserError, match="--metrics needs documents of at least 8 tokens"):
+        continue_documents(config, None, None, stream)
