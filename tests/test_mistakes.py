@@ -75,6 +75,18 @@ def one_document(folder):
     return ["--sample-by", "document", "--eval-fraction", "0.1"], "split the text with --sample-by paragraph"
 
 
+def long_prompt(folder):
+    return ["--sample-every", "5", "--sample-prompt", "boat " * 600], "512 positions leave no room for more"
+
+
+def no_data(folder):
+    return ["--dataset-path", ""], "--dataset-path is empty; expected a file"
+
+
+def no_output(folder):
+    return ["--output-dir", ""], "--output-dir is empty; expected a folder"
+
+
 def folder_that_is_a_file(folder):
     (folder / "taken").write_text("")
     return ["--output-dir", folder / "taken"], "is not writable"
@@ -148,6 +160,9 @@ def shifted_csv(folder):
         long_sequence,
         indivisible_batch,
         one_document,
+        long_prompt,
+        no_data,
+        no_output,
         folder_that_is_a_file,
         vocabulary_too_small,
         encoder,

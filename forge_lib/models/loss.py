@@ -55,6 +55,25 @@ def evaluation_sums(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[f
     return loss.item(), (batch["labels"][:, 1:] != IGNORED_LABEL).sum().item(), num_correct.item()
 
 
+def unused_parameters(model: nn.Module) -> list[str]:
+    """Returns the names of the trained parameters on which the loss does not depend: those for images, for example.
+
+    It walks the autograd graph of a pass over a few tokens, as DDP does; no gradient is computed.
+    """
+    ids = torch.arange(2, 2 + NUM_TOKENS)[None] % model.config.get_text_config().vocab_size
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        loss = loss_sum(model, {"input_ids": ids, "labels": ids})
+    nodes, seen, used = [loss.grad_fn], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen or node is None:
+            continue
+        seen.add(node)
+        nodes += [each for each, _ in node.next_functions]
+        used.add(id(getattr(node, "variable", None)))  # of the nodes that store a gradient
+    return [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in used]
+
+
 def add_loss(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """Gives a model the argument `loss_labels`, in place, and returns it.
 

@@ -1,5 +1,6 @@
 """DDP's synchronization of the gradient: measured, and with the same rounding after a resume."""
 
+import logging
 import time
 
 import torch
@@ -8,7 +9,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from forge_lib.models.loss import loss_sum
+from forge_lib.models.loss import loss_sum, unused_parameters
+from forge_lib.models.weight_files import name_some
+
+logger = logging.getLogger("forge")
 
 
 class GradientSync:
@@ -82,6 +86,16 @@ def _timestamp(on_gpu: bool) -> float | torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def allow_unused_parameters(accelerator: Accelerator, model: nn.Module) -> None:
+    """Lets DDP finish without the gradients of parameters that the loss does not need; call before `prepare`.
+
+    Such parameters stay as they are: those for images, for example, or of a decoder's attention to an encoder.
+    """
+    if accelerator.num_processes > 1 and (names := unused_parameters(model)):
+        accelerator.ddp_handler.find_unused_parameters = True
+        logger.info(f"{len(names)} parameter(s) are not needed for text, and stay as they are: {name_some(names)}")
 
 
 def settle_buckets(

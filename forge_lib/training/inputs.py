@@ -7,27 +7,31 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import Accelerator
 
 from forge_lib.config import TrainConfig, flag_name
 from forge_lib.data.batches import BatchPlan
 from forge_lib.data.blocks import BlockDataset, TokenStream, split_documents
-from forge_lib.data.corpus import describe_store, prepare_store
+from forge_lib.data.corpus import begins_documents, describe_store, prepare_store
 from forge_lib.data.files import data_exists
 from forge_lib.data.token_store import TokenStore, is_store, open_store, received_folder, verify_store
-from forge_lib.data.tokenizing import splitting_fingerprint, tokenizer_fingerprint, vocabulary_size
+from forge_lib.data.tokenizing import prompt_ids, splitting_fingerprint, tokenizer_fingerprint, vocabulary_size
 from forge_lib.distributed.agreement import compare_inputs, describe_world
 from forge_lib.distributed.facts import InputFacts
+from forge_lib.errors import UserError
 from forge_lib.models.checking import check_model
 from forge_lib.models.compilation import prepare_compiler
 from forge_lib.models.document_attention import use_document_attention
 from forge_lib.models.fingerprints import hash_config, hash_weights
-from forge_lib.models.loading import adapt_model, load_model, load_tokenizer, model_exists
+from forge_lib.models.loading import adapt_model, load_model, load_tokenizer, max_positions, model_exists
 from forge_lib.models.loss import describe_loss
 from forge_lib.models.weight_files import has_weights
 from forge_lib.training.balance import Balancer
 from forge_lib.training.fetch import fetch
+from forge_lib.training.gradient_sync import allow_unused_parameters
 from forge_lib.training.log import describe_batches
 from forge_lib.training.session import Session
+from forge_lib.training.unused_flags import flags_without_effect
 
 logger = logging.getLogger("forge")
 
@@ -86,8 +90,11 @@ class HeldStore:
     is_store: bool
 
 
-def load_inputs(session: Session) -> Inputs:
+def load_inputs(session: Session, accelerator: Accelerator) -> Inputs:
     """Loads model and data, from another machine if this one lacks them. Call on all processes.
+
+    Args:
+        session, accelerator: the processes.
 
     Raises:
         UserError: something cannot be loaded, or the machines have loaded different models or data.
@@ -97,9 +104,12 @@ def load_inputs(session: Session) -> Inputs:
     fetch_model(session)
     tokenizer = load_tokenizer(config)
     model, changes_in_evaluation = _load_model(session, tokenizer)
+    allow_unused_parameters(accelerator, model)
     store = eval_store = fetch_store(session, "dataset_path", tokenizer)
     if config.eval_dataset_path:
         eval_store = fetch_store(session, "eval_dataset_path", tokenizer)
+    if config.sample_every:
+        _check_prompt(config, model, tokenizer, store)
     dataset, eval_dataset = make_datasets(config, store, eval_store)
     plan = BatchPlan.of_run(len(dataset), config.batch_size, config.max_steps, config.epochs, config.seed)
     peers.set_status("hashing the model")
@@ -152,6 +162,17 @@ def _load_model(session: Session, tokenizer: transformers.PreTrainedTokenizerBas
     if compiler:
         compiler.join()
     return adapt_model(model, config), changes_in_evaluation
+
+
+def _check_prompt(
+    config: TrainConfig, model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, store: TokenStore
+) -> None:
+    """Raises UserError if the prompt of the samples leaves no position for a token after it."""
+    length, positions = len(prompt_ids(tokenizer, config.sample_prompt, begins_documents(store))), max_positions(model)
+    if positions and length >= positions:
+        raise UserError(
+            f"--sample-prompt has {length} tokens; the model's {positions} positions leave no room for more"
+        )
 
 
 def _load_seeded(session: Session, tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedModel:
@@ -241,7 +262,8 @@ def log_start(session: Session, inputs: Inputs, balancer: Balancer, lines: list[
         balancer: has the shares of the global batch.
         lines: warnings about the checkpoints.
     """
-    for line in (*session.agreement.warnings, *inputs.warnings, *lines):
+    unused = flags_without_effect(session.config, inputs.eval_dataset is not None, inputs.plan.num_steps)
+    for line in (*session.agreement.warnings, *inputs.warnings, *unused, *lines):
         logger.warning(line)
     batches = describe_batches(session.config, inputs.plan, balancer.shares)
     for line in (describe_world(session.agreement), *inputs.notes, batches, balancer.describe()):

@@ -139,7 +139,7 @@ class Run:
         """
         check_world(self.world, accelerator.num_processes)
         logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-        self.accelerator, self.inputs = accelerator, load_inputs(self.session)
+        self.accelerator, self.inputs = accelerator, load_inputs(self.session, accelerator)
         self.session, self.config = choose_micro_batch(self.session, accelerator, self.inputs, self.balancer)
         if self.inputs.eval_dataset and self.config.eval_every:
             import forge_lib.training.evaluation_metrics  # noqa: F401 (slow, or broken: now rather than at the first evaluation)
@@ -185,7 +185,7 @@ class Run:
         self._set_step(state["step"] if state else 0)
         self._periodic = Periodic(self.step, self.inputs.plan.num_steps)
         self._write_run_json()
-        changed = changed_settings(self.session, state) if state else None
+        changed = changed_settings(self.session, self.inputs.plan, state) if state else None
         messages.log_begin(self.log, self.step, self.inputs.plan, self.session, changed)
         self.peers.on_peer_error = self._on_peer_error
         settle_buckets(self.accelerator, model, optimizers, self.inputs.dataset[EMPTY_BLOCK], self.step_log.sync)

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from forge_lib.config import flag_name
+from forge_lib.data.batches import BatchPlan
 from forge_lib.training.inputs import Inputs
 from forge_lib.training.session import Session
 
@@ -47,14 +48,18 @@ def agreed_config(session: Session) -> dict:
     return session.agreement.processes[0].config | {"mixed_precision": session.agreement.mixed_precision}
 
 
-def changed_settings(session: Session, state: dict) -> list[str]:
+def changed_settings(session: Session, plan: BatchPlan, state: dict) -> list[str]:
     """Returns a phrase for each flag whose value differs from the one that the checkpoint was written with."""
     before = state["config"]
-    return [
+    lines = [
         f"{flag_name(name)} was {before[name]!r} and is now {value!r}"
         for name, value in agreed_config(session).items()
         if name in before and before[name] != value and name != "resume"
     ]
+    missing = plan.num_samples(state["step"]) - state["sampler"]["num_samples"]
+    if missing > 0:
+        lines.append(f"{missing} sequence(s) are left out, because the last batch of the shorter run was not full")
+    return lines
 
 
 def describe_run(session: Session, inputs: Inputs, shares: list[int], timeout: dict) -> dict:

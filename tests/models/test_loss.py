@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from small_models import GPT2, LLAMA, build_model
+from small_models import BART, GPT2, LLAMA, build_model
 from transformers import MixtralConfig
 
 from forge_lib.config import IGNORED_LABEL
 from forge_lib.data.blocks import BlockDataset, TokenStream
-from forge_lib.models.loss import evaluation_sums, loss_sum
+from forge_lib.models.loss import evaluation_sums, loss_sum, unused_parameters
 
 
 @pytest.fixture(params=[GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -80,3 +80,13 @@ def test_the_balance_of_experts_is_part_of_the_loss_if_the_configuration_asks_fo
     parts = [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(0, 1), slice(1, 3))]
     divided = sum(loss_sum(model, part).item() for part in parts)
     assert divided == pytest.approx(loss_sum(model, batch).item(), rel=0.02)
+
+
+def test_parameters_without_influence_on_the_loss_are_found(tmp_path):
+    """The decoder of BART has attention to an encoder, which no text reaches."""
+    for n, options in enumerate(({}, {"gradient_checkpointing": True}, {"lora_rank": 2})):
+        assert unused_parameters(build_model(GPT2, tmp_path / str(n), **options)) == []
+    bart = build_model(BART, tmp_path / "bart")
+    names = unused_parameters(bart)
+    assert names and all("encoder_attn" in name for name in names)
+    assert all(parameter.grad is None for parameter in bart.parameters())

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import BIN, QUIET, SHORT, accelerate_launcher
+from commands import BIN, QUIET, ROOT, SHORT, accelerate_launcher
 from run_folders import losses, rows, wait_for_step
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, RwkvConfig, pipeline
+from small_models import BART
+from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, GPT2Config, RwkvConfig, pipeline
 
 from forge_lib.checkpoints import format as checkpoint
 from forge_lib.config import TrainConfig
@@ -341,3 +342,38 @@ def test_evaluations_and_samples_do_not_change_what_is_trained(train, tmp_path):
     loaded = load_file(watched / "checkpoints" / "step-00000004" / "model.safetensors")
     final = load_file(watched / "final" / "model.safetensors")
     assert all(torch.equal(final[name], loaded[name]) for name in final)
+
+
+def test_parameters_that_text_does_not_need_stay_as_they_are(train, two_processes, tmp_path):
+    """DDP waits for the gradient of each parameter that it knows."""
+    folder = tmp_path / "bart"
+    BartConfig(**BART.to_dict() | {"vocab_size": 2048}).save_pretrained(folder)
+    for file in (ROOT / "data" / "tiny_gpt2").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    flags = [*FLAGS, "--model-name", folder, "--max-steps", "3"]
+    one, ended = train(*flags, folder="one")
+    assert ended.code == 0, ended.output
+    two, ended = train(*flags, launcher=two_processes, folder="two")
+    assert ended.code == 0, ended.output
+    assert "parameter(s) are not needed for text, and stay as they are: model.decoder.layers.0.enc" in ended.output
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    weights = [load_file(each / "final" / "model.safetensors") for each in (one, two)]
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_may_be_continued_with_gradient_checkpointing_and_more_epochs(train, tmp_path):
+    """In its log: the flags that changed, and the samples that the short last batch leaves out."""
+    (tmp_path / "text.txt").write_text("The harbour is quiet in the morning, and a boat comes in. " * 40)
+    flags = [*FLAGS, "--dataset-path", tmp_path / "text.txt", "--sample-by", "document", "--batch-size", "4"]
+    flags += ["--max-steps", "0", "--sequence-length", "32", "--checkpoint-every", "100"]
+    _, ended = train(*flags, "--epochs", "1")
+    assert ended.code == 0, ended.output
+    folder, ended = train(*flags, "--epochs", "2", "--gradient-checkpointing")
+    assert ended.code == 0, ended.output
+    state = json.loads(next((folder / "checkpoints").glob("step-*/state.json")).read_text())["sampler"]
+    assert state["num_blocks"] % 4, "the last batch of the first run is short"
+    assert "--gradient-checkpointing was False and is now True" in ended.output
+    missing = 4 - state["num_blocks"] % 4
+    assert (
+        f"{missing} sequence(s) are left out, because the last batch of the shorter run was not full" in ended.output
+    )
