@@ -23,6 +23,7 @@ FORMATS = {
     "ndjson": "jsonl",
     "csv": "csv",
     "parquet": "parquet",
+    "arrow": "arrow",
 }
 COMPRESSIONS = ("gz", "zst")
 FORMAT_NAMES = ", ".join(FORMATS) + ", each also ." + " or .".join(COMPRESSIONS)
@@ -157,9 +158,12 @@ class _Finder:
                 self._skip(path, "read already under another name")
             elif path.is_dir():
                 self._seen.add(identity)
+                saved = _saved_dataset_files(path)
                 for each in sorted(path.iterdir()):
                     if each.name.startswith("."):
                         self._skip(each, "hidden")
+                    elif saved and each.is_file() and each.name not in saved:
+                        self._skip(each, "no data of the saved dataset")
                     else:
                         self.add(each)
             elif path.is_file():
@@ -186,20 +190,33 @@ def _find_files(given: str) -> _Finder:
             found.add(each)
     except OSError as error:
         raise UserError(f"{error.filename}: not readable: {error.strerror}") from None
-    if path.is_dir() and any(map(_is_saved_dataset, (path, *path.iterdir()))):
-        raise UserError(
-            f"--dataset-path {given}: a dataset of save_to_disk, whose files are not read; write its splits with "
-            "to_parquet, and name those files"
-        )
     if not found.paths:
         what = "the folder has no file of a known format" if path.is_dir() else "no file of a known format matches"
         raise UserError(f"--dataset-path {given}: {what}: {FORMAT_NAMES}")
     return found
 
 
-def _is_saved_dataset(folder: Path) -> bool:
-    """Returns whether `datasets.Dataset.save_to_disk` has written a folder: its json files hold no text."""
-    return (folder / "state.json").is_file() and any(folder.glob("*.arrow"))
+def _saved_dataset_files(folder: Path) -> set[str]:
+    """Returns the names of the data files if `datasets.Dataset.save_to_disk` has written a folder; else none.
+
+    Its json files hold no text, and its other arrow files are caches.
+
+    Raises:
+        UserError: the folder has several splits, which are not all to be trained on.
+    """
+    splits, state = folder / "dataset_dict.json", folder / "state.json"
+    if splits.is_file() and any(folder.glob("*/state.json")):
+        names = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        raise UserError(
+            f"{folder} is a saved dataset with the splits {', '.join(names)}; name the folder of one, as "
+            f"{folder / names[0]}"
+        )
+    if not state.is_file() or not any(folder.glob("*.arrow")):
+        return set()
+    try:
+        return {str(file["filename"]) for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]}
+    except (ValueError, KeyError, TypeError):  # a file of that name from another program
+        return set()
 
 
 def _match(pattern: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Reads the text column of files with records (json, jsonl, csv, parquet), whatever their other columns hold."""
+"""Reads the text column of files with records (json, jsonl, csv, parquet, arrow), whatever other columns hold."""
 
 import contextlib
 import csv
@@ -16,7 +16,8 @@ from forge_lib.errors import UserError
 
 MAX_FIELD_CHARACTERS = 1 << 28  # of csv: a missing quote would otherwise read the rest of the file as one field
 LONGEST_LITERAL = 10  # one character more than -Infinity has
-PARQUET_BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 20  # of parquet and arrow, read at a time
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of arrow
 
 Record = tuple[str, Any]  # where it is, for a message; and what it is
 # Numbers become floats: an integer of thousands of digits in another column is no error. Control characters in a
@@ -29,15 +30,15 @@ def read_texts(path: Path, kind: str, config: DataConfig, advance: Advance) -> I
 
     Args:
         path: the file.
-        kind: "json", "jsonl", "csv" or "parquet".
+        kind: "json", "jsonl", "csv", "parquet" or "arrow".
         config: the column, and what to do with bytes that are not UTF-8.
         advance: called with the bytes that were read.
 
     Raises:
         UserError: the file is not of this kind or is damaged, or its column is missing or holds something else.
     """
-    if kind == "parquet":
-        yield from _read_parquet(path, config, advance)
+    if kind in ("parquet", "arrow"):
+        yield from (_read_parquet if kind == "parquet" else _read_arrow)(path, config, advance)
         return
     newline = {"json": None, "jsonl": "\n", "csv": ""}[kind]
     with open_text(path, config.encoding_errors, advance, newline) as file:
@@ -227,6 +228,20 @@ def _check_column(path: Path, column: str, columns: list[str]) -> None:
         raise no_column(str(path), column, columns)
 
 
+def _check_schema(path: Path, column: str, schema: Any) -> None:
+    """Raises UserError if not exactly one column of parquet or arrow has that name, or it does not hold text."""
+    from pyarrow import types
+
+    _check_column(path, column, schema.names)
+    found = schema.field(column).type
+    value_type = found.value_type if types.is_dictionary(found) else found
+    is_text = types.is_string(value_type) or types.is_large_string(value_type) or types.is_string_view(value_type)
+    if not (is_text or types.is_null(value_type)):
+        raise UserError(
+            f"{path}: column {column!r} holds {found}, expected text; name another column with --text-column"
+        )
+
+
 def _read_parquet(path: Path, config: DataConfig, advance: Advance) -> Iterator[str]:
     """Yields the text column of a parquet file; no other column is read."""
     import pyarrow
@@ -241,21 +256,70 @@ def _read_parquet(path: Path, config: DataConfig, advance: Advance) -> Iterator[
             table = files.enter_context(pyarrow.parquet.ParquetFile(plain))
             if not table.metadata.num_rows:
                 return
-            _check_column(path, column, table.schema_arrow.names)
-            _check_type(table.schema_arrow.field(column).type, path, column)
+            _check_schema(path, column, table.schema_arrow)
             uncompressed = sum(
                 table.metadata.row_group(number).total_byte_size for number in range(table.num_row_groups)
             )
-            rows = max(1, min(10_000, PARQUET_BATCH_BYTES * table.metadata.num_rows // max(1, uncompressed)))
+            rows = max(1, min(10_000, BATCH_BYTES * table.metadata.num_rows // max(1, uncompressed)))
             num_read = 0
             for batch in table.iter_batches(batch_size=rows, columns=[column]):
-                texts = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
-                for number, text in enumerate(texts, num_read + 1):
-                    yield _decode(text, f"{path}: row {number}", config.encoding_errors)
+                yield from _decode_all(batch.column(0), path, num_read, config.encoding_errors)
                 num_read += batch.num_rows
                 advance(batch.num_rows * size // table.metadata.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not readable as parquet: {error}") from None
+
+
+def _read_arrow(path: Path, config: DataConfig, advance: Advance) -> Iterator[str]:
+    """Yields the text column of an arrow file, in the format of streams, as `datasets` writes it, or of files."""
+    import pyarrow
+
+    try:
+        with contextlib.ExitStack() as files:
+            plain = path
+            if path.suffix.lower()[1:] in COMPRESSIONS:
+                plain = files.enter_context(_decompress(path))
+            source = files.enter_context(pyarrow.OSFile(str(plain)))  # no memory map: the file may be truncated
+            schema, batches = _open_arrow(source)
+            num_read = num_bytes = 0
+            for batch in batches:
+                if batch.num_rows:
+                    _check_schema(path, config.text_column, schema)
+                    values = batch.column(schema.names.index(config.text_column))
+                    rows = max(1, BATCH_BYTES * batch.num_rows // max(1, values.nbytes))
+                    for start in range(0, batch.num_rows, rows):
+                        part = values.slice(start, rows)
+                        yield from _decode_all(part, path, num_read + start, config.encoding_errors)
+                num_read += batch.num_rows
+                done = source.tell() * path.stat().st_size // source.size()  # the file itself may be compressed
+                advance(done - num_bytes)
+                num_bytes = done
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not readable as arrow: {error}") from None
+
+
+def _open_arrow(source: Any) -> tuple[Any, Iterator[Any]]:
+    """Returns the schema and the record batches of an open file."""
+    import pyarrow
+
+    if source.read(6) != b"ARROW1":
+        source.seek(max(0, source.size() - len(END_OF_STREAM)))
+        if source.read() != END_OF_STREAM:  # the library takes a stream that is cut between batches for a whole one
+            raise pyarrow.ArrowInvalid("its end is missing")
+        source.seek(0)
+        stream = pyarrow.ipc.open_stream(source)
+        return stream.schema, iter(stream)
+    source.seek(0)
+    file = pyarrow.ipc.open_file(source)
+    return file.schema, (file.get_batch(number) for number in range(file.num_record_batches))
+
+
+def _decode_all(values: Any, path: Path, num_before: int, errors: str) -> Iterator[str]:
+    """Yields the texts of an array of strings, "" if it is null; `num_before` rows of the file are before it."""
+    import pyarrow
+
+    for number, text in enumerate(values.cast(pyarrow.large_binary()).to_pylist(), num_before + 1):
+        yield _decode(text, f"{path}: row {number}", errors)
 
 
 def _decode(text: bytes | None, place: str, errors: str) -> str:
@@ -266,18 +330,6 @@ def _decode(text: bytes | None, place: str, errors: str) -> str:
             f"{place}: byte 0x{error.object[error.start]:02x} at offset {error.start} is not UTF-8; convert the file, "
             "or give --encoding-errors replace"
         ) from None
-
-
-def _check_type(found: Any, path: Path, column: str) -> None:
-    """Raises UserError if a column of parquet does not hold text."""
-    from pyarrow import types
-
-    value_type = found.value_type if types.is_dictionary(found) else found
-    is_text = types.is_string(value_type) or types.is_large_string(value_type) or types.is_string_view(value_type)
-    if not (is_text or types.is_null(value_type)):
-        raise UserError(
-            f"{path}: column {column!r} holds {found}, expected text; name another column with --text-column"
-        )
 
 
 @contextlib.contextmanager

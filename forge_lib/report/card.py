@@ -12,7 +12,7 @@ from forge_lib.report.page import command_of
 
 TEMPLATE = "card.md.jinja"
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-FILE_ENDINGS = (".txt", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".gguf")
+FILE_ENDINGS = (".txt", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".gguf")
 PLOT_NAME = "loss.png"
 
 

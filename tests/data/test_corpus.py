@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import zstandard
 from commands import ROOT
 from transformers import AutoTokenizer
 
 from forge_lib.config import DataConfig
-from forge_lib.data import document_writer, reading
+from forge_lib.data import document_writer, reading, records
 from forge_lib.data.corpus import describe_store, prepare_store
 from forge_lib.data.files import content_fingerprint, data_exists
 from forge_lib.data.token_store import TokenStore, is_store, open_store
@@ -28,6 +29,14 @@ DOCUMENTS = [
     "Deniz çok güzel, İstanbul'da.",
     "Third — with €, 漢字 and 🙂.",
 ]
+
+
+def as_arrow(frame: pd.DataFrame, open_writer=pa.ipc.new_stream) -> bytes:
+    """Returns an arrow file, in the format of streams or, with `pa.ipc.new_file`, of files."""
+    table, sink = pa.Table.from_pandas(frame, preserve_index=False), pa.BufferOutputStream()
+    with open_writer(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return sink.getvalue().to_pybytes()
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +69,14 @@ def write(folder, name: str) -> None:
         "jsonl": lambda: "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode(),
         "csv": lambda: frame.to_csv(index=False).encode(),
         "parquet": lambda: frame.to_parquet(index=False),
+        "arrow": lambda: as_arrow(frame),
     }[kind]()
     compress = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}
     (folder / name).write_bytes(compress[compression[0]](data) if compression else data)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("kind", ["txt", "md", "json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "md", "json", "jsonl", "csv", "parquet", "arrow"])
 def test_every_format_gives_the_same_documents(tmp_path, tokenizer, kind, suffix):
     name = f"corpus.{kind}{suffix}"
     write(tmp_path, name)
@@ -129,6 +139,10 @@ def test_bytes_that_are_not_text_are_reported_with_file_and_offset(tmp_path, tok
         ("x.txt.gz", b"no gzip", {}, "not readable"),
         ("x.pdf", b"%PDF", {}, "unknown format; expected txt, md, json"),
         ("x.parquet", b"no parquet", {}, "not readable as parquet"),
+        ("x.arrow", b"no arrow", {}, "not readable as arrow"),
+        ("x.arrow", as_arrow(pd.DataFrame({"text": DOCUMENTS}))[:-400], {}, "not readable as arrow"),
+        ("x.arrow", as_arrow(pd.DataFrame({"text": [1, 2]})), {}, "column 'text' holds int64, expected text"),
+        ("x.arrow", as_arrow(pd.DataFrame({"body": DOCUMENTS})), {}, "no column 'text'; it has 'body'"),
     ],
 )
 def test_input_that_cannot_be_used_is_reported(tmp_path, tokenizer, name, data, options, message):
@@ -342,3 +356,11 @@ def test_flags_that_do_not_concern_the_files_are_noted(tokenizer, tmp_path):
     config = DataConfig(dataset_path=str(path), text_column="body")
     assert not any("no effect" in line for line in describe_store(prepare_store(config, tokenizer), tokenizer, config))
     assert notes("txt", text_column="body") == [f"--text-column: no effect on the files of {tmp_path / 'txt'}"]
+
+
+def test_arrow_files_of_both_formats_are_read_in_small_parts(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "BATCH_BYTES", 1)
+    frame = pd.DataFrame({"number": range(3), "text": DOCUMENTS})
+    for name, writer in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
+        (tmp_path / f"{name}.arrow").write_bytes(as_arrow(frame, writer))
+        assert texts(make(tokenizer, tmp_path / f"{name}.arrow"), tokenizer) == DOCUMENTS

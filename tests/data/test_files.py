@@ -1,6 +1,7 @@
 """Which files a path means: a path is a path, each real file is read once, and nothing is skipped unseen."""
 
 import os
+import shutil
 
 import datasets
 import pytest
@@ -147,11 +148,18 @@ def test_the_kind_of_a_file_is_its_suffix(tmp_path, name, kind):
     assert kind_of(tmp_path / name) == kind
 
 
-def test_a_folder_of_save_to_disk_is_named_as_such(tmp_path):
-    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved" / "train")
-    for folder in ("saved", "saved/train"):
-        with pytest.raises(UserError, match=r"a dataset of save_to_disk, whose files are not read; .* to_parquet"):
-            read_all(tmp_path / folder)
+def test_a_dataset_of_save_to_disk_is_read_without_its_caches_and_descriptions(tmp_path):
+    """The files are read in their order: 12 of them, so the second is not the one with the second name by digits."""
+    texts = [f"text {n}" for n in range(36)]
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": texts}) for name in ("test", "train")})
+    saved.save_to_disk(tmp_path / "saved", num_shards={"test": 1, "train": 12})
+    folder = tmp_path / "saved" / "train"
+    shutil.copy(folder / "data-00000-of-00012.arrow", folder / "cache-0123.arrow")
+    assert read(folder) == texts
+    with pytest.raises(
+        UserError, match=r"saved is a saved dataset with the splits test, train; name the folder of one, as .*test"
+    ):
+        read_all(tmp_path / "saved")
 
 
 def test_an_empty_path_is_not_the_current_folder():
