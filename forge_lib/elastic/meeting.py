@@ -43,26 +43,29 @@ def ready_members(members: list[Member]) -> list[Member]:
 def connected_members(members: list[Member]) -> list[Member]:
     """Returns the members that can exchange with each other, as far as they know.
 
-    Of members that do not reach each other, the one with the most broken links is left out first; if there are
-    several, one that has not exchanged yet. After some failures without a broken link that anyone has found (a
-    firewall may let through only the port that is tested), those that have not exchanged yet are left out; if that is
-    all or none of them, one after the other.
+    Of members that do not reach each other, one that lacks the newest state is left out first: were it one that has
+    this state, the rounds since then would be lost. Among equals, the one with the most broken links is left out; if
+    there are several, one that has not exchanged yet. After some failures without a broken link that anyone has found
+    (a firewall may let through only the port that is tested), those that have not exchanged yet are left out; if that
+    is all or none of them, one after the other.
     """
-    left = list(members)
+    left, ready = list(members), {member.id for member in ready_members(members)}
     while True:
         ids = {member.id for member in left}
         broken = [(member.id, other) for member in left for other in member.facts.unreachable if other in ids]
         if not broken:
             break
         degree = Counter(each for link in broken for each in link)
-        left.remove(max(left, key=lambda member: (degree[member.id], not member.facts.has_exchanged, member.id)))
-    failures = max(member.facts.failures for member in left)
-    if failures < MAX_FAILURES or len(left) == 1:
+        linked = [member for member in left if degree[member.id]]
+        left.remove(max(linked, key=lambda m: (m.id not in ready, degree[m.id], not m.facts.has_exchanged, m.id)))
+    trying = [member for member in left if member.id in ready]  # the others do not exchange
+    failures = max((member.facts.failures for member in trying), default=0)
+    if failures < MAX_FAILURES or len(trying) == 1:
         return left
-    proven = [member for member in left if member.facts.has_exchanged]
-    if 0 < len(proven) < len(left):
-        return proven
-    return [member for number, member in enumerate(left) if number != failures % len(left)]
+    unproven = [member for member in trying if not member.facts.has_exchanged]
+    if not 0 < len(unproven) < len(trying):
+        unproven = [trying[failures % len(trying)]]
+    return [member for member in left if member not in unproven]
 
 
 def contributors_of(ready: list[Member]) -> list[Member]:

@@ -97,7 +97,9 @@ class Others:
         self.unreachable = find_unreachable(others)
         names = [member.facts.name for member in others if member.id in self.unreachable]
         if names:
-            logger.warning(f"cannot connect to {', '.join(names)}: the peers with the most connections go on")
+            logger.warning(
+                f"cannot connect to {', '.join(names)}: the peers with the newest state and the most connections go on"
+            )
 
     def check_config(self, theirs: PeerFacts) -> None:
         """Raises UserError if a peer that trains already has other flags, another model or other data."""

@@ -65,3 +65,29 @@ def test_if_exchanges_fail_and_nobody_knows_why_the_peers_that_never_exchanged_a
     tried = [names(connected_members(members(MAX_FAILURES + n))) for n in range(3)]
     assert sorted(tried) == [["a", "b"], ["a", "c"], ["b", "c"]], "all have begun together: one after the other"
     assert names(connected_members([member("c", failures=9)])) == ["c"]
+
+
+def test_a_peer_with_the_newest_state_is_never_left_out_for_one_with_an_older_state():
+    """A link was cut, and both ends know it; one end has committed rounds meanwhile. Only the other one waits."""
+
+    def member_of(name: str, round: int, *unreachable: str, **facts) -> Member:
+        return member(name, round=round, unreachable=list(unreachable), has_exchanged=True, **facts)
+
+    assert names(connected_members([member_of("a", 3, "b"), member_of("b", 5, "a")])) == ["b"]
+    assert names(connected_members([member_of("a", 5, "b"), member_of("b", 3, "a")])) == ["a"]
+    newest = [member_of("c", 5, "a", "b"), member_of("d", 5, "a", "b")]
+    older = [member_of("a", 3, "c", "d"), member_of("b", 3, "c", "d")]
+    assert names(connected_members([*older, *newest])) == ["c", "d"]
+    three = [member_of("a", 5), member_of("b", 5, "c"), member_of("c", 5, "b"), member_of("d", 5, "c")]
+    late = [member_of("e", 3), member_of("f", 3, "a")]
+    assert names(connected_members([*three, *late])) == ["a", "b", "d", "e"], "e lacks the state, but no link"
+    another_run = member("z", round=99, config={"seed": 1}, unreachable=["a"])
+    assert names(connected_members([member_of("a", 5, "z", index=0), another_run])) == ["a"]
+
+
+def test_failures_that_nobody_can_explain_leave_out_only_peers_with_the_newest_state():
+    newest = member("z", round=5, index=0)
+    older = member("a", round=3, index=0, has_exchanged=True, failures=MAX_FAILURES)
+    assert names(connected_members([older, newest])) == ["a", "z"], "z alone exchanges, and a catches up"
+    two = [member("b", round=5, failures=MAX_FAILURES, has_exchanged=True), newest]
+    assert names(connected_members([older, *two])) == ["a", "b"]
