@@ -1,6 +1,7 @@
 """What happens to peers on machines with their own network; `make elastic` runs these long tests."""
 
 import contextlib
+import json
 import random
 import signal
 import subprocess
@@ -161,6 +162,37 @@ def test_a_link_is_cut_for_20_seconds(peers):
     go_on(three, NAMES[:3])
     three.stop(*NAMES[:3])
     three.check()
+
+
+def test_a_link_is_cut_during_an_exchange_and_the_rounds_of_the_peer_with_the_lighthouse_count(tmp_path, start, hosts):
+    """Both know afterwards that they cannot connect. The one that goes on alone has the last name of the two."""
+    both = Peers(tmp_path, start, "--max-steps", 100_000, "--min-peers", 2, "--sync-every", 10, machines=hosts(2))
+    light = both.start_lighthouse()
+    for name in ("zelkova", "birch"):
+        both.start(name)
+    for name in both.places:
+        both.wait_for_round(name, 3)
+    shape(both.machines, 2, "1mbit")  # an exchange now takes seconds
+    go_on(both, ["zelkova", "birch"], seconds=120)
+
+    def sent_bytes() -> int:
+        return json.loads(both.machines.call(2, "ip -json -statistics link show e0"))[0]["stats64"]["tx"]["bytes"]
+
+    before = sent_bytes()
+    until(lambda: sent_bytes() > before + 100_000, 120, "an exchange has begun")
+    last = both.last_round("zelkova")
+    both.machines.cut(2)
+    for name, other in (("zelkova", "birch"), ("birch", "zelkova")):
+        text = f"cannot connect to {other}"
+        until(lambda name=name, text=text: text in both.running[name].log.read_text(), 180, f"{name}: {text}")
+    both.wait_for_round("zelkova", last + 4, 120)
+    shape(both.machines, 2, "100mbit")
+    both.machines.heal(2)
+    both.wait_for_round("birch", both.last_round("zelkova") + 1, 180)
+    go_on(both, ["zelkova", "birch"], seconds=120)
+    both.stop("zelkova", "birch")
+    both.check()
+    light.kill()
 
 
 def test_two_of_four_peers_are_cut_off_together_for_a_minute(peers):
