@@ -157,7 +157,7 @@ def catch_up(own: StateFiles, meeting: Meeting, ready: list[Member], gives_up: C
         try:
             served = _wait_for_update(source) if commits else fetch_facts(source)["folders"]
             served = _wait_for_snapshot(own.state, source, served)
-            updates, newest = served.get(UPDATES, {}), max(filter(STATE_NAME.fullmatch, served), default="")
+            updates, newest = served.get(UPDATES, {}), _choose_snapshot(own.state, source, served)
             names = _missing_updates(own.state, source, updates)
             is_smaller = newest and _needs_fewer_bytes(own.state, newest, served[newest], updates, names)
             is_complete = not is_smaller and _apply_updates(
@@ -188,7 +188,7 @@ def _needs_fewer_bytes(state: SharedState, newest: str, files: Files, updates: d
     The first missing update may contain what this peer has computed; with the snapshot it would count as lost. So a
     peer that lacks only a few never takes the snapshot.
     """
-    first = update_name(int(newest.removeprefix(f"{STATE}-")))
+    first = update_name(_round_of(newest))
     if first <= update_name(state.round) or len(names) <= FEW_UPDATES:
         return False
     rest = sum(updates[name]["bytes"] for name in names if name >= first)
@@ -207,17 +207,40 @@ def _wait_for_update(source: PeerFacts) -> dict:
 
 
 def _wait_for_snapshot(state: SharedState, source: PeerFacts, served: dict) -> dict:
-    """Returns what a peer serves, once it has a snapshot, if this peer lacks more updates than a snapshot is large.
+    """Returns what a peer serves, once it has a snapshot, if this peer needs one.
 
-    The peers that have the state write one as soon as they have seen that this peer lacks so much.
+    It does if it lacks more updates than a snapshot is large; or if none are served, as with --sync-every 1: then only
+    a snapshot of the newest state helps. The peers that have this state write one as soon as they have seen that this
+    peer lacks it.
     """
     until = time.monotonic() + SNAPSHOT_SECONDS
-    while source.round - max(0, state.round) > MANY_UPDATES and not any(map(STATE_NAME.fullmatch, served)):
-        if time.monotonic() > until:
+    while time.monotonic() < until:
+        has_updates = bool(served.get(UPDATES))
+        if has_updates and source.round - max(0, state.round) <= MANY_UPDATES:
+            break
+        if max(map(_round_of, _snapshots(served)), default=-1) >= (0 if has_updates else source.round):
             break
         time.sleep(RETRY_SECONDS)
         served = fetch_facts(source)["folders"]
     return served
+
+
+def _choose_snapshot(state: SharedState, source: PeerFacts, served: dict) -> str:
+    """Returns the name of the snapshot to fetch: with the updates that are served, it leads to the newest state.
+
+    If none does, one that is newer than this peer's state helps, too; empty: there is none.
+    """
+    updates, names = served.get(UPDATES, {}), _snapshots(served)
+    whole = [name for name in names if all(update_name(n) in updates for n in range(_round_of(name), source.round))]
+    return max(whole or [name for name in names if _round_of(name) > state.round], default="")
+
+
+def _snapshots(served: dict) -> list[str]:
+    return [name for name in served if STATE_NAME.fullmatch(name)]
+
+
+def _round_of(snapshot: str) -> int:
+    return int(snapshot.removeprefix(f"{STATE}-"))
 
 
 def _apply_updates(

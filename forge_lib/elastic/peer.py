@@ -152,15 +152,17 @@ class Peer:
                 lost, work, changed = lost + self.drop(work), Work(), True
                 continue
             ready = ready_members(members)
-            if self.membership.id not in [member.id for member in ready]:
+            is_ready = self.membership.id in [member.id for member in ready]
+            computed = any(member.facts.tokens for member in ready)
+            is_busy = any(member.facts.sums for member in ready) or (computed and self.config.sync_every == 1)
+            if is_busy and (is_ready or self.config.sync_every == 1):
+                time.sleep(RETRY_SECONDS)  # they are in the middle of something, and meet this peer right after it
+                continue
+            if not is_ready:
                 self._others.check_config(ready[0].facts)
                 dropped = self._catch_up(work, ready)
                 if dropped is not None:
                     lost, work, changed = lost + dropped, Work(), True
-                continue
-            computed = any(member.facts.tokens for member in ready)
-            if any(member.facts.sums for member in ready) or (computed and self.config.sync_every == 1):
-                time.sleep(RETRY_SECONDS)  # they are in the middle of something: this peer has come meanwhile
                 continue
             if computed:
                 exchanged = self._exchange(ready)

@@ -79,3 +79,25 @@ def test_averaging_every_gradient_follows_the_losses_of_train(peers, trained, tm
     both.check()
     assert losses(tmp_path / "alder") == pytest.approx(losses(trained), rel=1e-4)
     assert final(tmp_path / "alder") == final(tmp_path / "birch")
+
+
+def test_while_every_gradient_is_averaged_a_peer_joins_is_killed_and_comes_back(peers):
+    """--sync-every 1: the others wait until it has the weights and the optimizer's state."""
+    three = peers("--min-peers", 2, "--sync-every", 1, "--max-steps", 100_000, "--log-every", 1)
+    three.start("alder", "--serve-lighthouse")
+    three.start("birch")
+    three.wait_for_round("birch", 20)
+    three.start("cedar")
+    joined = three.wait_for_round("cedar", 1)["round"]
+    assert joined > 20
+    three.wait_for_round("cedar", joined + 5)
+    three.kill("cedar")
+    three.wait_for_round("alder", three.last_round("alder") + 5)
+    three.start("cedar")
+    back = three.wait_for_round("cedar", three.last_round("alder") + 1)["round"]
+    for name in ("alder", "birch", "cedar"):
+        three.wait_for_round(name, back + 5)
+    participants = {each["peer"] for each in three.rounds("alder")[-1]["participants"]}
+    assert participants == {"alder", "birch", "cedar"}
+    three.stop("alder", "birch", "cedar")
+    three.check()
