@@ -49,10 +49,10 @@ def split_address(url: str) -> tuple[str, int]:
     """
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if parts.scheme != "http" or not host or not port:
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
+    except ValueError:  # the port is no number, or a bracket is missing
+        scheme, host, port = "", None, None
+    if scheme != "http" or not host or not port:
         raise UserError(f"--lighthouse {url}: expected http://HOST:PORT, as in http://alder:29510")
     return host, port
 

@@ -77,9 +77,10 @@ class Peer:
             self.address = own_address(config.peer_address, urls)
             if interface := interface_of(self.address):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            # First, because it binds the address: the group's store would try for minutes to connect to a wrong one.
+            contexts.enter_context(StateServer(self.address, config.peer_port + 1, self.shared))
             self._group = PeerGroup(self.address, config.peer_port)
             contexts.callback(self._group.close)
-            contexts.enter_context(StateServer(self.address, config.peer_port + 1, self.shared))
             self.membership = contexts.enter_context(Membership(urls, config.name))
             self._contexts = contexts.pop_all()
         return self
