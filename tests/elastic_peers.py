@@ -9,7 +9,16 @@ from commands import SHORT, Running, accelerate_launcher, find_free_port, until
 from networks import Hosts
 from run_folders import rows
 
+from forge_lib.flags import parse_config
+from forge_lib.peers_config import ElasticConfig
+
 FLAGS = [*SHORT, "--eval-every", "0", "--checkpoint-every", "0", "--max-steps", "120"]
+
+
+def peer_config(*flags: object) -> ElasticConfig:
+    """Returns the configuration of a peer with the flags of these tests and further ones."""
+    needed = ["--lighthouse", "http://127.0.0.1:1", "--output-dir", "-"]
+    return parse_config(ElasticConfig, [*map(str, (*FLAGS, *needed, *flags))])
 
 
 class Peers:

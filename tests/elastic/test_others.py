@@ -3,23 +3,16 @@
 import logging
 
 import pytest
-from elastic_peers import FLAGS
+from elastic_peers import peer_config
 
 from forge_lib.elastic.others import Others
 from forge_lib.elastic.peer_facts import PeerFacts
 from forge_lib.elastic.round_log import warn_of_flags_without_effect
 from forge_lib.errors import UserError
-from forge_lib.flags import parse_config
-from forge_lib.peers_config import ElasticConfig
-
-
-def config(*flags: str) -> ElasticConfig:
-    needed = ["--lighthouse", "http://127.0.0.1:1", "--output-dir", "-"]
-    return parse_config(ElasticConfig, [*map(str, FLAGS), *needed, *flags])
 
 
 def test_updates_with_other_bits_than_those_of_the_others_are_an_error_in_the_end():
-    others = Others(config("--sync-every", "1"), lambda event, **facts: None)
+    others = Others(peer_config("--sync-every", "1"), lambda event, **facts: None)
     source = [PeerFacts("birch", "10.77.0.2", 1, 2, round=round) for round in range(40)]
     for round in (3, 20, 22):
         others.check_bits(round, source[round])
@@ -30,7 +23,7 @@ def test_updates_with_other_bits_than_those_of_the_others_are_an_error_in_the_en
 
 def test_a_flag_without_effect_is_reported(caplog):
     with caplog.at_level(logging.WARNING, logger="forge"):
-        warn_of_flags_without_effect(config())
+        warn_of_flags_without_effect(peer_config())
         assert not caplog.messages
-        warn_of_flags_without_effect(config("--log-every", "7"))
+        warn_of_flags_without_effect(peer_config("--log-every", "7"))
     assert caplog.messages == ["--log-every has no effect: each round is logged"]

@@ -3,18 +3,11 @@
 import dataclasses
 
 import pytest
-from elastic_peers import FLAGS
+from elastic_peers import peer_config
 
 from forge_lib.elastic.ledger import Ledger
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.elastic.planning import plan_work, slowest_update
-from forge_lib.flags import parse_config
-from forge_lib.peers_config import ElasticConfig
-
-
-def config(*flags: str) -> ElasticConfig:
-    needed = ["--lighthouse", "http://127.0.0.1:1", "--output-dir", "-"]
-    return parse_config(ElasticConfig, [*map(str, FLAGS), *needed, *flags])
 
 
 def member(name: str, **facts) -> Member:
@@ -24,7 +17,8 @@ def member(name: str, **facts) -> Member:
 @pytest.mark.parametrize("sync_every", ["1", "4"])
 def test_a_peer_that_is_asked_to_stop_gets_no_samples_and_its_tokens_are_not_planned(sync_every):
     members = [member("a"), member("b", is_leaving=True), member("c")]
-    works = {m.id: plan_work(config("--sync-every", sync_every), Ledger(1000), 5, members, m.id, 0.0) for m in members}
+    config = peer_config("--sync-every", sync_every)
+    works = {m.id: plan_work(config, Ledger(1000), 5, members, m.id, 0.0) for m in members}
     assert not works["b"].todo and works["b"].plan == works["a"].plan == works["c"].plan
     assert (works["a"].index, works["c"].index, works["a"].group_size) == (0, 1, 2)
     assert list(works["a"].planned_tokens) == ["a", "c"]
@@ -44,6 +38,6 @@ def test_the_parts_of_an_evaluation_follow_the_speeds():
     from forge_lib.elastic.shared_evaluation import part_edges
 
     members = [member("a", step_seconds=0.3), member("b")]
-    assert part_edges(100, plan_work(config(), Ledger(1000), 1, members, "a", 0.0).speeds) == [0, 25, 100]
+    assert part_edges(100, plan_work(peer_config(), Ledger(1000), 1, members, "a", 0.0).speeds) == [0, 25, 100]
     unknown = [dataclasses.replace(m, facts=dataclasses.replace(m.facts, step_seconds=0.0)) for m in members]
-    assert part_edges(5, plan_work(config(), Ledger(1000), 1, unknown, "b", 0.0).speeds) == [0, 2, 5]
+    assert part_edges(5, plan_work(peer_config(), Ledger(1000), 1, unknown, "b", 0.0).speeds) == [0, 2, 5]
