@@ -3,8 +3,11 @@
 import socket
 
 import pytest
+from elastic_peers import peer_config
 
 from forge_lib.elastic.connecting import find_unreachable, should_serve
+from forge_lib.elastic.membership import split_address
+from forge_lib.elastic.peer import Peer
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.errors import UserError
 
@@ -33,3 +36,19 @@ def test_peers_whose_server_does_not_answer_are_unreachable(listener):
     members = [Member(str(port), PeerFacts("x", "127.0.0.1", 1, port)) for port in (listener, 9)]
     assert find_unreachable(members) == ["9"]
     assert find_unreachable([]) == []
+
+
+@pytest.mark.parametrize("url", ["alder:1", "http://alder", "http://alder:x", "http://[fd00::1:29510", "http://:1"])
+def test_an_address_of_another_form_is_a_mistake_of_the_user(url):
+    with pytest.raises(UserError, match=r"expected http://HOST:PORT, as in http://alder:29510$"):
+        split_address(url)
+    assert split_address("http://[fd00::1]:29510") == ("fd00::1", 29510)
+
+
+def test_the_address_of_another_machine_is_reported_before_anything_is_connected(free_port):
+    """A connection to 203.0.113.1, which nobody has, would be tried for minutes."""
+    config = peer_config("--peer-address", "203.0.113.1", "--peer-port", free_port)
+    peer = Peer(config, lambda event, **facts: None, lambda: False)
+    message = rf"203\.0\.113\.1, port {free_port + 1} \(--peer-port \+ 1\), cannot be used"
+    with pytest.raises(UserError, match=message), peer:
+        pytest.fail("it has begun")
