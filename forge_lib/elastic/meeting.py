@@ -215,7 +215,9 @@ class Meeting:
         digest = xxhash.xxh3_128_digest(b"".join([each.numpy().tobytes() for each in result.data]))
         if set(averaging.all_gather_hash(self._group, digest, timeout)) != {digest}:
             raise RuntimeError("the peers have received different results")
-        self._owner_error = (place, result.owner_error.mul_(self._decay(commit)))
+        error = result.owner_error.mul_(self._decay(commit))
+        if torch.isfinite(error).all():  # one sum that is not finite must not make all later ones so, too
+            self._owner_error = (place, error)
         return result
 
     def is_finite(self) -> bool:
