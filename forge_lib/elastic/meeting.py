@@ -238,8 +238,7 @@ class Meeting:
     def apply_missed(self, commit: Commit, data: list[torch.Tensor]) -> bool:
         """Applies a round that others have committed; returns whether this peer's change is in it."""
         self._apply(commit, data)
-        if self._own in commit.contributors:
-            self._owner_error = None  # it is in the update already
+        self._owner_error = None  # if this peer owned a shard of it, it is in the update already
         return self._own in commit.contributors
 
     def drop(self) -> None:
@@ -252,10 +251,13 @@ class Meeting:
         self._group.close()
 
     def _apply(self, commit: Commit, data: list[torch.Tensor]) -> None:
+        outer = self._state.outer
         if self._own in commit.contributors and self._change is not None and self._sent:
             shards = self._state.shards(commit.compression, self._sent[0])
             if not shards.codec.is_exact:
-                self._state.outer.keep_error(self._change, self._sent[1], shards, self._decay(commit))
+                outer.keep_error(self._change, self._sent[1], shards, self._decay(commit))
+        elif self._own in commit.contributors:
+            outer.error.zero_()  # it was sent, and what rounding then left out was dropped with the change
         self._change = self._sent = None
         self._state.apply(commit, data)
 
