@@ -1,9 +1,18 @@
 """What follows from what the peers say: whose state is the newest, and whose work of a round counts."""
 
 import dataclasses
+import math
 
-from forge_lib.elastic.meeting import MAX_FAILURES, connected_members, contributors_of, ready_members
+import numpy as np
+import torch
+from elastic_peers import peer_config
+
+from forge_lib.elastic.flat import FlatParameters
+from forge_lib.elastic.ledger import Ledger
+from forge_lib.elastic.meeting import MAX_FAILURES, Meeting, connected_members, contributors_of, ready_members
+from forge_lib.elastic.outer import OuterOptimizer
 from forge_lib.elastic.peer_facts import Member, PeerFacts
+from forge_lib.elastic.shared_state import SharedState
 
 
 def member(name: str, **facts) -> Member:
@@ -91,3 +100,61 @@ def test_failures_that_nobody_can_explain_leave_out_only_peers_with_the_newest_s
     assert names(connected_members([older, newest])) == ["a", "z"], "z alone exchanges, and a catches up"
     two = [member("b", round=5, failures=MAX_FAILURES, has_exchanged=True), newest]
     assert names(connected_members([older, *two])) == ["a", "b"]
+
+
+class OnePeer:
+    """The group of a peer alone."""
+
+    rank, size = 0, 1
+
+    def connect(self, *_) -> None:
+        """Has nobody to connect to."""
+
+    def transfer(self, sent: dict, received: dict, tag: int, timeout_seconds: float) -> None:
+        """Has nobody to send anything to."""
+        assert not sent and not received
+
+    def close(self) -> None:
+        """Has no connections."""
+
+
+def meeting_of(*flags) -> tuple[Meeting, SharedState]:
+    torch.manual_seed(0)
+    state = SharedState(OuterOptimizer(FlatParameters(torch.nn.Linear(64, 64))), Ledger(1000))
+    return Meeting(peer_config(*flags), state, OnePeer(), "a"), state
+
+
+def test_a_gradient_that_is_not_finite_does_not_change_the_sums_after_it():
+    """Also what rounding has left out before is still added: on the sender's side and on that of the sum's owner."""
+    ready = [member("a", tokens=10)]
+    gradients = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+    def sums(values: list[torch.Tensor]) -> list[torch.Tensor]:
+        meeting, state = meeting_of("--sync-every", 1, "--outer-compression", "int4")
+        weight, found = state.outer.flat.parameters[0], []
+        for each in values:
+            weight.grad = each.clone()
+            found.append(meeting.sum_gradients(ready, np.arange(8))[1])
+        return found
+
+    expected = sums([*gradients])
+    first, broken, *rest = sums([gradients[0], gradients[1] * math.nan, *gradients[1:]])
+    assert torch.equal(first, expected[0]) and not torch.isfinite(broken).any()
+    assert all(torch.equal(a, b) for a, b in zip(rest, expected[1:], strict=True))
+    assert not torch.equal(expected[1], sums([gradients[1]])[0]), "the feedback counts"
+
+
+def test_error_feedback_that_the_others_have_committed_is_not_sent_again():
+    """The peer had dropped its change when it found that the others had received it in time."""
+    meeting, state = meeting_of()
+    with torch.no_grad():
+        state.outer.flat.parameters[0].add_(torch.randn(64, 64))
+    members = [member("a", round=0, index=0, group_size=1, plan="a", steps=1, tokens=8)]
+    exchanged, data = meeting.exchange(members)
+    assert state.outer.error.any()
+    missed = dataclasses.replace(exchanged.commit, round=1, samples=[[100, 108]])
+    meeting.drop()
+    assert not meeting.apply_missed(dataclasses.replace(missed, contributors=["b"]), data)
+    assert state.outer.error.any(), "it was not in the change of another peer"
+    assert meeting.apply_missed(dataclasses.replace(missed, round=2, samples=[[200, 208]]), data)
+    assert not state.outer.error.any()
