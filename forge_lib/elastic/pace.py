@@ -51,3 +51,16 @@ def plan_round(
     average = max(average, math.ceil(for_late_peer / mean_seconds))
     seconds = average * mean_seconds
     return Pace([max(1, round(seconds / each)) if each > 0 else FIRST_STEPS for each in step_seconds], seconds)
+
+
+def fits_grace(remaining_seconds: float, exchange_seconds: float, grace_seconds: float) -> bool:
+    """Returns whether a peer that is asked to stop has the time to finish its round and its exchange, and to save.
+
+    Args:
+        remaining_seconds: until the planned end of the round; below 0: the others are late.
+        exchange_seconds: of the last exchange.
+        grace_seconds: until the process is ended; a half of it is for the save.
+    """
+    if remaining_seconds <= -grace_seconds / 4:
+        return False
+    return max(0.0, remaining_seconds) + exchange_seconds <= grace_seconds / 2

@@ -52,6 +52,7 @@ class Peer:
         shared: what it serves to others.
         address: of this peer.
         step_seconds: of a step, measured; 0: not known. The loop sets it.
+        exchange_seconds: of the last exchange with others; 0: there was none.
     """
 
     files: StateFiles
@@ -60,7 +61,7 @@ class Peer:
     def __init__(self, config: ElasticConfig, report: Callable[..., None], is_asked_to_stop: Callable[[], bool]):
         self.config, self._report, self._gives_up = config, report, is_asked_to_stop
         self.shared, self.state = Shared(), None
-        self.step_seconds = self._exchange_seconds = self._update_seconds = 0.0
+        self.step_seconds = self.exchange_seconds = self._update_seconds = 0.0
         self._started_at = 0.0  # when this peer first met others
         self._has_trained = self._has_exchanged = False  # since its start
         self._behind: dict[str, int] = {}  # round by identifier, of the peers that had an older state
@@ -111,7 +112,7 @@ class Peer:
             tokens=work.targets,
             loss=work.loss,
             step_seconds=self.step_seconds,
-            exchange_seconds=self._exchange_seconds,
+            exchange_seconds=self.exchange_seconds,
             update_seconds=self._update_seconds,
             compute_seconds=work.compute_seconds,
             busy_seconds=work.busy_seconds,
@@ -313,7 +314,7 @@ class Peer:
 
     def _exchanged(self, exchanged: Exchanged, members: list[Member]) -> None:
         if len(members) > 1:  # one peer alone sends nothing
-            self._exchange_seconds, self._has_exchanged = exchanged.seconds, True
+            self.exchange_seconds, self._has_exchanged = exchanged.seconds, True
             self._others.exchanged()
         self._others.failures = 0
 

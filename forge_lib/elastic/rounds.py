@@ -22,7 +22,7 @@ from forge_lib.elastic.flat import FlatParameters
 from forge_lib.elastic.inner import copy_weights, tell_all
 from forge_lib.elastic.joining import give_state, restore_state
 from forge_lib.elastic.outer import OuterOptimizer
-from forge_lib.elastic.pace import LATE
+from forge_lib.elastic.pace import LATE, fits_grace
 from forge_lib.elastic.peer import Peer
 from forge_lib.elastic.round_log import RoundLog
 from forge_lib.elastic.shared_evaluation import evaluate_parts
@@ -317,11 +317,13 @@ class Rounds:
         """Returns whether this peer should stop now: unless its round ends soon, and its work can still be used."""
         if not self._is_asked_to_stop():
             return False
-        work, grace = self._work, self.config.grace_seconds / 4
+        work, grace = self._work, self.config.grace_seconds
         if self.config.sync_every == 1:  # the others are told first
-            return not work.steps or work.busy_seconds > grace
+            return not work.steps or work.busy_seconds > grace / 4
+        exchange_seconds = self._peer.exchange_seconds
+        is_known = work.planned_seconds and (exchange_seconds or work.group_size == 1)
         remaining = work.planned_seconds - work.busy_seconds
-        return not work.steps or not work.planned_seconds or not -grace < remaining < grace
+        return not work.steps or not is_known or not fits_grace(remaining, exchange_seconds, grace)
 
     def _report(self, event: str, **facts: Any) -> None:
         self.run.log.write(step=self.run.step, event=event, **facts)
