@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from forge_lib.checkpoints.format import step_path
 from forge_lib.elastic.catch_up import fetch_inputs
 from forge_lib.elastic.flat import FlatParameters
 from forge_lib.elastic.inner import copy_weights, tell_all
@@ -276,7 +277,7 @@ class Rounds:
         if self._peer:
             self.run.extra_state["elastic"] = self._peer.state.describe()
             if self.run.must_save():
-                self._peer.files.checkpoint_due()
+                self._peer.files.checkpoint_due(step_path(self.run.session.folder / "checkpoints", self.run.step))
             if met.lost_targets:
                 self._log.lost(met.lost_targets)
             for exchanged, ready in met.exchanges:

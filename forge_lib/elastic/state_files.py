@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from forge_lib import disk
 from forge_lib.checkpoints.format import optimizer_tensors, to_json
 from forge_lib.checkpoints.restore import load_states
-from forge_lib.distributed.transfer_files import list_files
+from forge_lib.distributed.transfer_files import FileFacts, list_files
 from forge_lib.elastic.ledger import Ledger
 from forge_lib.elastic.shared_state import Commit, SharedState
 from forge_lib.elastic.sharing import Shared
@@ -52,7 +52,8 @@ class StateFiles:
         folder: for the files; created when it is needed.
         shared: what this peer serves.
         identity: what must be equal on all peers and whenever the run is continued; JSON types.
-        keeps_checkpoints: whether there are regular checkpoints: then all updates since the last one but one are kept.
+        keeps_checkpoints: whether there are regular checkpoints: then all updates since the last one but one that was
+            written are kept.
 
     Attributes:
         state: as above.
@@ -66,7 +67,8 @@ class StateFiles:
         self.incoming = folder.with_name("incoming")
         self._snapshot_round = -1
         self._keeps_checkpoints = keeps_checkpoints
-        self._kept_since = self._saved_round = 0  # rounds of the last two checkpoints
+        self._kept_since = self._saved_round = 0  # rounds of the last two checkpoints on the disk
+        self._due: list[tuple[Path, int]] = []  # later ones, which may not be written yet, and their rounds
 
     def needs_snapshot(self, round: int) -> bool:
         """Returns whether a peer with the state of an earlier round needs all of this one: updates are not enough."""
@@ -95,6 +97,7 @@ class StateFiles:
             disk.flush(folder)
         finally:
             disk.remove(disk.partial_path(path))
+        self._find_written()
         needed = self._kept_since if self._keeps_checkpoints else commit.round
         if self._snapshot_round >= commit.round - MOST_UPDATES:  # a slow download of it may go on
             needed = min(needed, self._snapshot_round)
@@ -102,11 +105,26 @@ class StateFiles:
         _, known = self._shared.folders.get(UPDATES, (folder, {}))
         for name in [name for name in known if name < oldest]:
             (folder / name).unlink(missing_ok=True)
-        self._shared.folders[UPDATES] = (folder, list_files(folder, {**known, path.name: None}))
+        kept = {name: facts for name, facts in known.items() if name >= oldest}
+        new: FileFacts = {"bytes": path.stat().st_size, "sha256": disk.sha256(path)}
+        self._shared.folders[UPDATES] = (folder, kept | {path.name: new})
 
-    def checkpoint_due(self) -> None:
-        """Records that a checkpoint of this state is written now: updates before the last one are no longer needed."""
-        self._kept_since, self._saved_round = self._saved_round, self.state.round
+    def checkpoint_due(self, path: Path) -> None:
+        """Records that a checkpoint of this state is written now; it may fail, if the disk is full.
+
+        Once it is there, the updates before the one before it are no longer needed.
+
+        Args:
+            path: of the checkpoint, once it is complete.
+        """
+        self._due.append((path, self.state.round))
+
+    def _find_written(self) -> None:
+        for number, (path, round) in reversed([*enumerate(self._due)]):
+            if path.exists():
+                self._kept_since, self._saved_round = self._saved_round, round
+                del self._due[: number + 1]
+                break
 
     def forget(self) -> None:
         """Removes what an earlier process of this peer has kept: --resume names a checkpoint to go back to."""
@@ -148,10 +166,12 @@ class StateFiles:
             self.state.outer.error.zero_()  # what it had left out was sent in these rounds
             logger.info(f"applied the updates of rounds {first + 1} to {self.state.round} to the checkpoint")
         if folder.exists():
-            for path in [*folder.glob("*.safetensors")]:
-                if path.name >= update_name(self.state.round):  # of a history that has ended
-                    disk.remove(path)
-            self._shared.folders[UPDATES] = (folder, list_files(folder))
+            if path.exists():  # it and those after it are of a history that has ended
+                for later in [each for each in folder.glob("*.safetensors") if each.name >= path.name]:
+                    disk.remove(later)
+            # Files behind a gap stay, but are not served: a newer state, when this peer has one, replaces them.
+            files = list_files(folder)
+            self._shared.folders[UPDATES] = (folder, {name: files[name] for name in files if name < path.name})
 
     def _take_over_snapshot(self) -> None:
         """Loads the newest snapshot of an earlier process of this peer, if it is newer than this state."""

@@ -71,3 +71,58 @@ def test_a_checkpoint_that_was_named_is_not_followed_by_later_rounds(tmp_path):
     commit(files)
     files.forget()
     assert not (tmp_path / "shared").exists()
+
+
+def kept(folder) -> list[int]:
+    return sorted(int(path.stem) for path in (folder / "updates").glob("*.safetensors"))
+
+
+def test_updates_are_kept_until_a_checkpoint_that_contains_them_is_on_the_disk(tmp_path):
+    """All updates since the last checkpoint but one are kept; one that could not be written does not count."""
+    files = make(tmp_path / "shared")
+    for number in range(1, 4):
+        for _ in range(50):
+            commit(files)
+        files.checkpoint_due(tmp_path / f"step-{number}")
+    commit(files)
+    assert kept(tmp_path / "shared") == list(range(151)), "the disk is full for all three of them"
+    for number in (1, 3):
+        (tmp_path / f"step-{number}").mkdir()
+        commit(files)
+    assert kept(tmp_path / "shared")[0] == 50, "since the first one"
+    files.checkpoint_due(tmp_path / "step-4")
+    (tmp_path / "step-4").mkdir()
+    commit(files)
+    assert kept(tmp_path / "shared") == list(range(122, 154)), "the last 32"
+    for _ in range(50):
+        commit(files)
+    assert kept(tmp_path / "shared") == list(range(150, 204)), "since the third one, the last but one"
+
+
+def test_updates_behind_a_gap_are_kept_but_not_served(tmp_path):
+    files = make(tmp_path)
+    for _ in range(6):
+        commit(files)
+    (tmp_path / "updates" / "00000003.safetensors").unlink()
+    again = make(tmp_path)
+    again.replay()
+    assert again.state.round == 3 and kept(tmp_path) == [0, 1, 2, 4, 5]
+    commit(again)
+    assert [int(name.partition(".")[0]) for name in again._shared.folders["updates"][1]] == [0, 1, 2, 3]
+    last = make(tmp_path)
+    last.replay()
+    assert (last.state.round, last.state.hash) == (6, files.state.hash), "they follow the update that fills the gap"
+
+
+def test_updates_of_a_history_that_has_ended_are_removed(tmp_path):
+    files, other = make(tmp_path / "a"), make(tmp_path / "b")
+    other.state.outer.weights.add_(1)
+    for each in (files, other):
+        for _ in range(4):
+            commit(each)
+    for number in (2, 3):
+        name = f"{number:08d}.safetensors"
+        (tmp_path / "b" / "updates" / name).replace(tmp_path / "a" / "updates" / name)
+    again = make(tmp_path / "a")
+    again.replay()
+    assert again.state.round == 2 and kept(tmp_path / "a") == [0, 1]
