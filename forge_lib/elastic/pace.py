@@ -64,3 +64,13 @@ def fits_grace(remaining_seconds: float, exchange_seconds: float, grace_seconds:
     if remaining_seconds <= -grace_seconds / 4:
         return False
     return max(0.0, remaining_seconds) + exchange_seconds <= grace_seconds / 2
+
+
+def late_after(planned_seconds: float, late_seconds: float) -> float:
+    """Returns the seconds from the begin of a round after which a peer is late.
+
+    Args:
+        planned_seconds: of the round.
+        late_seconds: --late-seconds; 0: a tenth of the round.
+    """
+    return planned_seconds + late_seconds if late_seconds else LATE * planned_seconds

@@ -20,7 +20,7 @@ from forge_lib.elastic.connecting import own_address, running_lighthouse, should
 from forge_lib.elastic.meeting import Exchanged, Meeting, connected_members, ready_members
 from forge_lib.elastic.membership import Membership
 from forge_lib.elastic.others import Others
-from forge_lib.elastic.pace import LATE
+from forge_lib.elastic.pace import late_after
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.elastic.peer_group import PeerGroup
 from forge_lib.elastic.planning import plan_work, slowest_update
@@ -294,8 +294,10 @@ class Peer:
         if not work.planned_seconds:
             self.membership.expect()
             return
-        late = self.config.late_seconds or max((LATE - 1) * work.planned_seconds, self.step_seconds)
-        self.membership.expect(work.planned_seconds + late)
+        seconds = late_after(work.planned_seconds, self.config.late_seconds)
+        if not self.config.late_seconds:  # a step that has begun is always computed
+            seconds = max(seconds, work.planned_seconds + self.step_seconds)
+        self.membership.expect(seconds)
 
     def leave(self) -> None:
         """Tells the others not to wait for this peer any longer."""

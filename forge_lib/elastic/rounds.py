@@ -23,7 +23,7 @@ from forge_lib.elastic.flat import FlatParameters
 from forge_lib.elastic.inner import copy_weights, tell_all
 from forge_lib.elastic.joining import give_state, restore_state
 from forge_lib.elastic.outer import OuterOptimizer
-from forge_lib.elastic.pace import LATE, fits_grace
+from forge_lib.elastic.pace import fits_grace, late_after
 from forge_lib.elastic.peer import Peer
 from forge_lib.elastic.round_log import RoundLog
 from forge_lib.elastic.shared_evaluation import evaluate_parts
@@ -308,7 +308,8 @@ class Rounds:
         work = self._work
         is_over = work.steps >= len(work.todo)
         if self._peer and work.planned_seconds:
-            is_over |= work.busy_seconds + self._peer.step_seconds > LATE * work.planned_seconds
+            late = late_after(work.planned_seconds, self.config.late_seconds)
+            is_over |= work.busy_seconds + self._peer.step_seconds > late
         return tell_all(self.run.accelerator, is_over)
 
     def _is_asked_to_stop(self) -> bool:

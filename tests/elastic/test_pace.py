@@ -2,7 +2,7 @@
 
 import pytest
 
-from forge_lib.elastic.pace import fits_grace
+from forge_lib.elastic.pace import fits_grace, late_after
 
 
 @pytest.mark.parametrize(
@@ -13,3 +13,9 @@ def test_a_peer_that_is_asked_to_stop_finishes_its_round_only_if_half_of_the_gra
     remaining, exchange, fits
 ):
     assert fits_grace(remaining, exchange, grace_seconds=60) is fits
+
+
+def test_a_peer_is_late_after_a_tenth_of_the_round_or_after_late_seconds():
+    assert late_after(100, 0) == pytest.approx(110)
+    assert late_after(100, 60) == 160
+    assert late_after(100, 2) == 102
