@@ -31,8 +31,8 @@ class PeersConfig:
     min_peers: int = flag(1, "begin the first round when this many peers are there", "COUNT", at_least=1)
     sync_every: int = flag(
         0,
-        "steps of a peer between two exchanges, more while a slow peer catches up; 0: 10 to 100, from the time of an "
-        "exchange; 1: average each gradient",
+        "steps of a peer between two exchanges, more for a peer that is very slow or catches up; 0: 10 to 100, from "
+        "the time of an exchange; 1: average each gradient",
         "STEPS",
         at_least=0,
     )

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FIRST_STEPS = 2  # of a peer whose speed is not known yet
-MIN_STEPS, MAX_STEPS = 10, 100  # of --sync-every, if it is derived
+MIN_STEPS, MAX_STEPS = 10, 100  # of --sync-every, if it is derived; and most of a round that waits for a slow peer
 UPDATES_PER_ROUND = 4  # how many updates the slowest peer that catches up can download in a round
 CATCH_UP_SECONDS = 600.0  # a round does not become longer than this for a peer that catches up
 EXCHANGE_SHARE = 1 / 25  # of a round, with a derived --sync-every: peers compute 95 % of the time
 LATE = 1.1  # a peer that has not arrived after this multiple of the round's seconds is late
+FEW_STEPS = 5  # of a peer: from so many on, half a step is at most a tenth of the round
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ def plan_round(
 ) -> Pace:
     """Returns the steps of each peer: all compute for the same time, and together make `sync_every` steps on average.
 
+    They make more if a step of the slowest peer takes longer than that: it then makes a whole one, and nobody waits
+    for it. With a peer for which they had to make more than MAX_STEPS, they do wait.
+
     Args:
         step_seconds: seconds per step of each peer; 0: not known.
         exchange_seconds: of the slowest of the last exchanges; 0: not known.
@@ -49,7 +53,11 @@ def plan_round(
             average = FIRST_STEPS  # the first exchange follows soon, and is measured
     for_late_peer = min(UPDATES_PER_ROUND * update_seconds, CATCH_UP_SECONDS)
     average = max(average, math.ceil(for_late_peer / mean_seconds))
+    slowest = max(known)
+    average = max(average, min(MAX_STEPS, math.ceil(slowest / mean_seconds)))  # the slowest peer makes one step
     seconds = average * mean_seconds
+    if slowest <= seconds < FEW_STEPS * slowest:
+        seconds = round(seconds / slowest) * slowest  # whole steps of that peer: else the others would wait for it
     return Pace([max(1, round(seconds / each)) if each > 0 else FIRST_STEPS for each in step_seconds], seconds)
 
 
