@@ -1,10 +1,9 @@
 """How a peer gets what it lacks from a live one: the model and the data before it joins, the state afterwards."""
 
-import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from forge_lib.config import flag_name
 from forge_lib.data.files import data_exists
 from forge_lib.data.token_store import is_store, open_store, received_folder
 from forge_lib.distributed.transfer_files import Files, list_files, total_bytes
-from forge_lib.elastic.fetching import NETWORK_ERRORS, GoneError, download, fetch_facts
+from forge_lib.elastic.fetching import NETWORK_ERRORS, GoneError, RateMeter, download, fetch_facts
 from forge_lib.elastic.meeting import Meeting
 from forge_lib.elastic.membership import Membership
 from forge_lib.elastic.peer_facts import Member, PeerFacts
@@ -106,24 +105,6 @@ def serve_inputs(config: ElasticConfig, shared: Shared, stores: dict[str, Path])
     shared.facts["fingerprints"] = fingerprints
     for name, folder in folders.items():
         shared.folders[name] = (folder, list_files(folder))
-
-
-class RateMeter:
-    """Measures how fast downloads are. A continued download counts as if all of it had been received: too fast."""
-
-    def __init__(self) -> None:
-        self._seconds, self._num_bytes = 0.0, 0
-
-    @contextlib.contextmanager
-    def measure(self, num_bytes: int) -> Iterator[None]:
-        """Counts the bytes of the download inside, and its seconds."""
-        start = time.monotonic()
-        yield
-        self._seconds, self._num_bytes = self._seconds + time.monotonic() - start, self._num_bytes + num_bytes
-
-    def seconds_for(self, num_bytes: int) -> float:
-        """Returns how long the download of that many bytes takes; 0 if none was measured."""
-        return self._seconds * num_bytes / self._num_bytes if self._num_bytes else 0.0
 
 
 @dataclass
@@ -263,8 +244,7 @@ def _apply_updates(
         return False
     for name in names:
         target = own.incoming / name.partition(".")[0]
-        with meter.measure(files[name]["bytes"]):
-            download(source, UPDATES, {name: files[name]}, target, gives_up)
+        download(source, UPDATES, {name: files[name]}, target, gives_up, rate=meter)
         try:
             commit, data, expected = own.read_update(target / name)
         except UPDATE_ERRORS as error:
@@ -296,8 +276,7 @@ def _load_state(
     for old in own.incoming.glob(f"*{STATE}-*"):
         if not old.name.endswith(name):  # of a download that will not go on
             disk.remove(old)
-    with meter.measure(total_bytes(files)):
-        download(source, name, files, target, gives_up)
+    download(source, name, files, target, gives_up, rate=meter)
     meeting.drop()
     if not own.load_snapshot(target):
         logger.warning(f"the state from {source.name} does not have its hash: it is fetched again")

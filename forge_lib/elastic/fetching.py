@@ -40,6 +40,25 @@ class GoneError(Exception):
     """A peer no longer serves what it served: its state is that of a later round."""
 
 
+class RateMeter:
+    """Measures how fast the bytes of downloads arrive; the time after the last one, without an answer, does not count.
+
+    Attributes:
+        num_bytes: that have arrived.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes, self._seconds = 0, 0.0
+
+    def add(self, num_bytes: int, seconds: float) -> None:
+        """Counts bytes, and the seconds since the ones before them, or since they were requested."""
+        self.num_bytes, self._seconds = self.num_bytes + num_bytes, self._seconds + seconds
+
+    def seconds_for(self, num_bytes: int) -> float:
+        """Returns how long the download of that many bytes takes; 0 if none was measured."""
+        return self._seconds * num_bytes / self.num_bytes if self.num_bytes else 0.0
+
+
 def url_of(peer: PeerFacts, *words: str) -> str:
     """Returns the address of something that a peer serves."""
     return f"http://{bracketed(peer.address)}:{peer.http_port}/{'/'.join(map(quote, words))}"
@@ -58,7 +77,7 @@ def download(
     target: Path,
     gives_up: Callable[[], bool],
     patience_seconds: float = PATIENCE_SECONDS,
-    progress: Callable[[str], None] = lambda text: None,
+    rate: RateMeter | None = None,
 ) -> None:
     """Downloads the files of a folder that a peer serves, and creates `target` with them: complete, or not at all.
 
@@ -72,14 +91,14 @@ def download(
         target: path of the new folder.
         gives_up: called now and then; once it returns true, the download ends, and can be continued later.
         patience_seconds: how long it waits for an answer.
-        progress: receives a text about the progress.
+        rate: measures how fast the bytes arrive.
 
     Raises:
         GoneError: the peer no longer serves the folder, or does not answer; or `gives_up` returned true.
         UserError: `files` is not valid, the disk is full or fails, or a hash is wrong three times.
     """
     what = f"{target.name} from {peer.name}"
-    meter = ProgressMeter(f"receiving {what}", progress, to_stderr=True)
+    meter, rate = ProgressMeter(f"receiving {what}", lambda text: None, to_stderr=True), rate or RateMeter()
     with disk_errors_as_user_errors(target):
         check_files(files)
         partial = open_partial_folder(target, files, what)
@@ -88,7 +107,7 @@ def download(
         for each, part in parts.items():
             wrong, answered_at = 0, time.monotonic()
             while part.num_held < files[each]["bytes"]:
-                num_received = _receive(peer, name, each, part, files[each]["bytes"], meter, gives_up)
+                num_received = _receive(peer, name, each, part, files[each]["bytes"], (meter, rate), gives_up)
                 if num_received:
                     answered_at = time.monotonic()
                 if num_received and not part.num_held:  # it was complete, but its hash was wrong
@@ -109,7 +128,7 @@ def _receive(
     name: str,
     part: PartialFile,
     size: int,
-    meter: ProgressMeter,
+    meters: tuple[ProgressMeter, RateMeter],
     gives_up: Callable[[], bool],
 ) -> int:
     """Receives the rest of a file, in whole pieces, until it is complete or the connection breaks.
@@ -117,14 +136,16 @@ def _receive(
     Returns:
         The bytes that have arrived.
     """
+    begun = time.monotonic()
     start = at = part.num_held
     request = urllib.request.Request(url_of(peer, folder, name), headers={"Range": f"bytes={start}-"})
     try:
         with urllib.request.urlopen(request, timeout=SOCKET_SECONDS) as response:
             while at < size and not gives_up() and (piece := _read_piece(response, min(PIECE_BYTES, size - at))):
                 part.write(at, np.frombuffer(piece, np.uint8))
-                meter.add(len(piece))
-                at += len(piece)
+                meters[0].add(len(piece))
+                meters[1].add(len(piece), time.monotonic() - begun)
+                at, begun = at + len(piece), time.monotonic()
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise GoneError(f"{peer.name} no longer has {folder}") from None

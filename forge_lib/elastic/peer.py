@@ -23,7 +23,7 @@ from forge_lib.elastic.others import Others
 from forge_lib.elastic.pace import late_after
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.elastic.peer_group import PeerGroup
-from forge_lib.elastic.planning import plan_work, slowest_update
+from forge_lib.elastic.planning import plan_work, remembered, slowest_update
 from forge_lib.elastic.sharing import Shared, StateServer
 from forge_lib.elastic.state_files import StateFiles
 from forge_lib.elastic.work import Met, Summed, Work
@@ -260,9 +260,11 @@ class Peer:
             ready: those of them that take part.
         """
         self._has_trained = True
-        self._update_seconds = slowest_update(members)
+        update_seconds = slowest_update(members)
+        is_serving = time.monotonic() - self.shared.served_at < DOWNLOAD_SECONDS
+        self._update_seconds = remembered(update_seconds, is_serving)
         own, state = self.membership.id, self.state
-        return plan_work(self.config, state.ledger, state.round, ready, own, self._update_seconds)
+        return plan_work(self.config, state.ledger, state.round, ready, own, update_seconds)
 
     def linger(self) -> None:
         """Serves a complete run until all living peers have it; waits for a late one as long as it comes nearer."""

@@ -3,12 +3,13 @@
 import numpy as np
 
 from forge_lib.elastic.ledger import Ledger
-from forge_lib.elastic.pace import Pace, plan_round
+from forge_lib.elastic.pace import CATCH_UP_SECONDS, UPDATES_PER_ROUND, Pace, plan_round
 from forge_lib.elastic.peer_facts import Member
 from forge_lib.elastic.work import Work
 from forge_lib.peers_config import ElasticConfig
 
 UPDATE_SECONDS_DECAY = 0.9  # per round, of what a peer that catches up has measured: it downloads meanwhile
+IDLE_DECAY = 0.5  # in addition, once nobody downloads
 
 
 def plan_work(
@@ -60,7 +61,18 @@ def plan_work(
 def slowest_update(members: list[Member]) -> float:
     """Returns the seconds that a peer which catches up needs for one update; 0: no peer does, or not known.
 
-    Each peer repeats the result in what it says in the next quorum: so all know it while that peer downloads, and
-    forget it slowly when it has gone.
+    Each peer repeats it in what it says in the next quorum (see `remembered`), so that all know it while that peer
+    downloads.
     """
-    return UPDATE_SECONDS_DECAY * max(member.facts.update_seconds for member in members)
+    seconds = max(member.facts.update_seconds for member in members)
+    return UPDATE_SECONDS_DECAY * min(seconds, CATCH_UP_SECONDS / UPDATES_PER_ROUND)  # with more, no round is longer
+
+
+def remembered(update_seconds: float, is_serving: bool) -> float:
+    """Returns what a peer repeats of `slowest_update`.
+
+    Args:
+        update_seconds: from `slowest_update`.
+        is_serving: whether a peer downloads from this one; if none does, that peer is up to date, or gone.
+    """
+    return update_seconds if is_serving else IDLE_DECAY * update_seconds

@@ -7,7 +7,7 @@ from elastic_peers import peer_config
 
 from forge_lib.elastic.ledger import Ledger
 from forge_lib.elastic.peer_facts import Member, PeerFacts
-from forge_lib.elastic.planning import plan_work, slowest_update
+from forge_lib.elastic.planning import plan_work, remembered, slowest_update
 
 
 def member(name: str, **facts) -> Member:
@@ -32,6 +32,17 @@ def test_what_a_slow_joiner_has_measured_is_repeated_by_all_and_forgotten_slowly
     for _ in range(100):
         seconds = slowest_update([member("a", update_seconds=seconds), member("b")])
     assert seconds < 0.1
+
+
+def test_rounds_soon_have_their_usual_length_again_when_the_slow_peer_is_up_to_date_or_gone():
+    assert slowest_update([member("a", update_seconds=1e6)]) <= 150, "a round never lasts longer than 600 s for it"
+    seconds = 150.0
+    for _ in range(4):
+        seconds = remembered(slowest_update([member("a", update_seconds=seconds)]), is_serving=True)
+    assert seconds > 90, "it still downloads"
+    for _ in range(4):
+        seconds = remembered(slowest_update([member("a", update_seconds=seconds)]), is_serving=False)
+    assert seconds < 10
 
 
 def test_the_parts_of_an_evaluation_follow_the_speeds():

@@ -1,0 +1,31 @@
+"""A download from a live peer."""
+
+import os
+
+from forge_lib.distributed.transfer_files import PIECE_BYTES, list_files, open_partial_folder
+from forge_lib.elastic.fetching import RateMeter, download
+from forge_lib.elastic.peer_facts import PeerFacts
+from forge_lib.elastic.sharing import Shared, StateServer
+
+
+def test_only_the_bytes_that_arrive_count_for_the_rate(tmp_path, free_port):
+    """Two of three pieces are there from an earlier download."""
+    source, target, data = tmp_path / "source", tmp_path / "target", os.urandom(3 * PIECE_BYTES)
+    source.mkdir()
+    (source / "weights.safetensors").write_bytes(data)
+    files = list_files(source)
+    partial = open_partial_folder(target, files, "it")
+    (partial / "weights.safetensors").write_bytes(data[: 2 * PIECE_BYTES])
+    shared, rate = Shared(folders={"state": (source, files)}), RateMeter()
+    with StateServer("127.0.0.1", free_port, shared):
+        download(PeerFacts("alder", "127.0.0.1", 1, free_port), "state", files, target, lambda: False, rate=rate)
+    assert (target / "weights.safetensors").read_bytes() == data
+    assert rate.num_bytes == PIECE_BYTES
+
+
+def test_the_time_of_a_download_follows_from_the_bytes_that_have_arrived_and_their_seconds():
+    rate = RateMeter()
+    assert rate.seconds_for(100) == 0, "not known"
+    rate.add(100, 2.0)
+    rate.add(300, 6.0)
+    assert rate.seconds_for(50) == 1.0
