@@ -138,7 +138,7 @@ def catch_up(own: StateFiles, meeting: Meeting, ready: list[Member], gives_up: C
         try:
             served = _wait_for_update(source) if commits else fetch_facts(source)["folders"]
             served = _wait_for_snapshot(own.state, source, served)
-            updates, newest = served.get(UPDATES, {}), _choose_snapshot(own.state, source, served)
+            updates, newest = served.get(UPDATES, {}), choose_snapshot(own, source, served)
             names = _missing_updates(own.state, source, updates)
             is_smaller = newest and _needs_fewer_bytes(own.state, newest, served[newest], updates, names)
             is_complete = not is_smaller and _apply_updates(
@@ -206,14 +206,17 @@ def _wait_for_snapshot(state: SharedState, source: PeerFacts, served: dict) -> d
     return served
 
 
-def _choose_snapshot(state: SharedState, source: PeerFacts, served: dict) -> str:
+def choose_snapshot(own: StateFiles, source: PeerFacts, served: dict) -> str:
     """Returns the name of the snapshot to fetch: with the updates that are served, it leads to the newest state.
 
-    If none does, one that is newer than this peer's state helps, too; empty: there is none.
+    One that has been downloaded in part is continued. If none leads there, one that is newer than this peer's state
+    helps, too; empty: there is none.
     """
     updates, names = served.get(UPDATES, {}), _snapshots(served)
     whole = [name for name in names if all(update_name(n) in updates for n in range(_round_of(name), source.round))]
-    return max(whole or [name for name in names if _round_of(name) > state.round], default="")
+    begun = [name for name in whole if disk.partial_path(own.incoming / name).exists()]
+    newer = [name for name in names if _round_of(name) > own.state.round]
+    return max(begun or whole or newer, default="")
 
 
 def _snapshots(served: dict) -> list[str]:

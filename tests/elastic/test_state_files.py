@@ -4,22 +4,23 @@ import pytest
 import torch
 from torch import nn
 
+from forge_lib.elastic.catch_up import choose_snapshot
 from forge_lib.elastic.flat import FlatParameters
 from forge_lib.elastic.ledger import Ledger
 from forge_lib.elastic.outer import OuterOptimizer
+from forge_lib.elastic.peer_facts import PeerFacts
 from forge_lib.elastic.shared_state import Commit, SharedState
 from forge_lib.elastic.sharing import Shared
-from forge_lib.elastic.state_files import STATE, StateFiles
+from forge_lib.elastic.state_files import STATE, StateFiles, update_name
 from forge_lib.errors import UserError
 
 IDENTITY = {"data": "x"}
 
 
-def make(folder, identity=IDENTITY) -> StateFiles:
+def make(folder, identity=IDENTITY, shared=None) -> StateFiles:
     torch.manual_seed(0)
-    return StateFiles(
-        SharedState(OuterOptimizer(FlatParameters(nn.Linear(8, 8))), Ledger(1000)), folder, Shared(), identity
-    )
+    state = SharedState(OuterOptimizer(FlatParameters(nn.Linear(8, 8))), Ledger(1000))
+    return StateFiles(state, folder, shared or Shared(), identity)
 
 
 def commit(files: StateFiles) -> None:
@@ -104,11 +105,12 @@ def test_updates_behind_a_gap_are_kept_but_not_served(tmp_path):
     for _ in range(6):
         commit(files)
     (tmp_path / "updates" / "00000003.safetensors").unlink()
-    again = make(tmp_path)
+    shared = Shared()
+    again = make(tmp_path, shared=shared)
     again.replay()
     assert again.state.round == 3 and kept(tmp_path) == [0, 1, 2, 4, 5]
     commit(again)
-    assert [int(name.partition(".")[0]) for name in again._shared.folders["updates"][1]] == [0, 1, 2, 3]
+    assert [int(name.partition(".")[0]) for name in shared.folders["updates"][1]] == [0, 1, 2, 3]
     last = make(tmp_path)
     last.replay()
     assert (last.state.round, last.state.hash) == (6, files.state.hash), "they follow the update that fills the gap"
@@ -126,3 +128,18 @@ def test_updates_of_a_history_that_has_ended_are_removed(tmp_path):
     again = make(tmp_path / "a")
     again.replay()
     assert again.state.round == 2 and kept(tmp_path / "a") == [0, 1]
+
+
+def test_the_newest_snapshot_that_leads_to_the_newest_state_is_fetched_and_a_begun_download_is_continued(tmp_path):
+    own, source = make(tmp_path / "shared"), PeerFacts("alder", "10.77.0.1", 1, 2, round=40)
+    snapshots = {"state-00000010": {}, "state-00000030": {}}
+    served = {**snapshots, "updates": {update_name(round): {} for round in range(10, 40)}}
+    assert choose_snapshot(own, source, served) == "state-00000030"
+    (own.incoming / ".partial-state-00000010").mkdir(parents=True)
+    assert choose_snapshot(own, source, served) == "state-00000010"
+    del served["updates"][update_name(12)]
+    assert choose_snapshot(own, source, served) == "state-00000030", "an update is missing"
+    assert choose_snapshot(own, source, snapshots) == "state-00000030", "it is newer than the own state, at least"
+    own.state.round = 30
+    assert choose_snapshot(own, source, snapshots) == ""
+    assert choose_snapshot(own, source, {**snapshots, "state-00000040": {}}) == "state-00000040"
