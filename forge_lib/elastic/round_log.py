@@ -82,9 +82,8 @@ class RoundLog:
         now = time.monotonic()
         seconds, self._row_began = now - self._row_began, now
         commit, config = exchanged.commit, self._config
-        own_facts = next(member.facts for member in ready if member.id == peer.membership.id)
         participants = describe_participants(ready)
-        own_wait = max(member.facts.busy_seconds for member in ready) - own_facts.busy_seconds
+        own_wait = max(0.0, seconds - self._compute_seconds - self._sync_seconds)
         num_sequences = sum(stop - start for start, stop in self._samples)
         row = {
             "step": step,
@@ -141,7 +140,10 @@ def warn_of_flags_without_effect(config: ElasticConfig) -> None:
 
 
 def describe_participants(members: list[Member]) -> list[dict]:
-    """Returns what each member has computed in a round, and how long it has waited for the last one."""
+    """Returns what each member has computed in a round, and how long it then waited until the last one was there.
+
+    That is what the members know of each other: not how long the lighthouse or failed exchanges took.
+    """
     slowest = max(member.facts.busy_seconds for member in members)
     return [
         {

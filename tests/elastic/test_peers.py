@@ -30,6 +30,9 @@ def test_two_peers_train_one_model_on_each_sample_once(peers, tmp_path):
     first, last = both.rounds("alder")[0], both.rounds("alder")[-1]
     assert (last["step"], last["tokens"]) == (121, 121 * 8 * 64)
     assert first["loss"] - last["loss"] > 0.5
+    for row in both.rounds("alder"):
+        parts = row["compute_seconds"] + row["wait_seconds"] + row["sync_seconds"]
+        assert parts >= row["round_seconds"] - 1e-6, "all of the time is accounted for"
     assert final(tmp_path / "alder") == final(tmp_path / "birch")
 
 
