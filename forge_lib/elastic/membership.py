@@ -12,12 +12,14 @@ peer; it unpickles what it receives; and it advertises a host name.
 
 import contextlib
 import dataclasses
+import http.client
 import logging
 import os
 import signal
 import sys
 import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,6 +39,8 @@ QUORUM_TICK_SECONDS = 0.05
 REQUEST_SECONDS = 5.0  # a request for a quorum is repeated after this time
 CONNECT_SECONDS = 2.0
 STATUS_SECONDS = 30.0  # between two lines about what a peer waits for
+OTHERS_SECONDS = 60.0  # between two looks for a second lighthouse
+NO_ANSWER = (OSError, http.client.HTTPException)  # of an address where no lighthouse runs
 JOIN_SECONDS = 7 * 24 * 3600  # a living peer is waited for, however long its round is: a late one stops its heartbeats
 TORCHFT_FIX = "pip install 'p2p-llm-forge[elastic]' (Linux on x86-64, Python 3.10 to 3.13)"
 
@@ -92,7 +96,7 @@ class Membership:
 
     def __init__(self, lighthouses: list[str], name: str):
         self.id = f"{name}:{uuid.uuid4().hex[:8]}"
-        self._urls = lighthouses
+        self._urls, self._url = lighthouses, ""  # the one that is used
         self.on_wait: Callable[[str], None] = lambda what: None
         self._client: Any = None
         self._strange: set[str] = set()  # identifiers of other programs
@@ -106,6 +110,8 @@ class Membership:
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._send_heartbeats, name="heartbeats", daemon=True)
         self._thread.start()
+        if len(self._urls) > 1:
+            threading.Thread(target=self._watch_for_others, name="lighthouses", daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -213,6 +219,30 @@ class Membership:
                     self._connect()
             elif not self._beat():  # the next request waits until all peers have found the new lighthouse
                 self._client, self._lost_at = None, self._lost_at or time.monotonic()
+
+    def _watch_for_others(self) -> None:
+        """Warns once if a second lighthouse runs. A thread of its own: a heartbeat must not wait for the answer."""
+        while not self._ends.wait(OTHERS_SECONDS):
+            if other := self.find_other():
+                logger.warning(
+                    f"two lighthouses run: {self._url} and {other}; stop the one whose peers have made fewer rounds: "
+                    "they then join the others, and these rounds are dropped"
+                )
+                return
+
+    def find_other(self) -> str:
+        """Returns the address of a lighthouse that does not know this peer, or an empty text.
+
+        One that knows it is the one that is used, under another address.
+        """
+        for url in self._urls if self._client else []:
+            if url == self._url:
+                continue
+            request = f"{url.rstrip('/')}/status"
+            with contextlib.suppress(*NO_ANSWER), urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as response:
+                if self.id.rpartition(":")[2] not in response.read().decode(errors="replace"):
+                    return url
+        return ""
 
     def _beat(self) -> bool:
         """Sends a heartbeat; returns whether the lighthouse has answered."""

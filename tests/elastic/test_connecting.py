@@ -1,12 +1,15 @@
 """Which lighthouse runs, and which peers can be reached."""
 
 import socket
+import sys
 
 import pytest
+from commands import find_free_port, until
 from elastic_peers import peer_config
 
-from forge_lib.elastic.connecting import find_unreachable, should_serve
-from forge_lib.elastic.membership import split_address
+from forge_lib.elastic import membership
+from forge_lib.elastic.connecting import find_unreachable, is_listening, should_serve
+from forge_lib.elastic.membership import Membership, split_address
 from forge_lib.elastic.peer import Peer
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.errors import UserError
@@ -52,3 +55,29 @@ def test_the_address_of_another_machine_is_reported_before_anything_is_connected
     message = rf"203\.0\.113\.1, port {free_port + 1} \(--peer-port \+ 1\), cannot be used"
     with pytest.raises(UserError, match=message), peer:
         pytest.fail("it has begun")
+
+
+@pytest.fixture
+def lighthouses(start):
+    """The addresses of two lighthouses, once they answer."""
+    ports = [find_free_port() for _ in range(2)]
+    for port in ports:
+        start([sys.executable, "-m", "forge_lib.elastic.membership", port])
+    for port in ports:
+        until(lambda port=port: is_listening(port), 60, f"a lighthouse on port {port}")
+    return [f"http://127.0.0.1:{port}" for port in ports]
+
+
+def test_two_lighthouses_are_reported_but_not_one_with_two_addresses(lighthouses, monkeypatch, caplog):
+    monkeypatch.setattr(membership, "OTHERS_SECONDS", 0.2)
+    used, other = lighthouses
+    same, nobody = used.replace("127.0.0.1", "localhost"), "http://127.0.0.1:9"
+    facts = PeerFacts("alder", "127.0.0.1", 1, 2)
+    with Membership([used, same, nobody], "alder") as alder:
+        assert alder.quorum(facts, lambda: False)
+        assert alder.find_other() == ""
+    with Membership([used, same, nobody, other], "alder") as alder:
+        assert alder.find_other() == "", "it has not found any yet"
+        assert alder.quorum(facts, lambda: False)
+        assert alder.find_other() == other
+        until(lambda: f"two lighthouses run: {used} and {other}" in caplog.text, 60, "the warning")
