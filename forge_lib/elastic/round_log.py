@@ -1,10 +1,8 @@
 """Logs the rounds of a peer: one line and one row of metrics.jsonl for each."""
 
-import dataclasses
 import logging
 import time
 
-from forge_lib.config import flag_name
 from forge_lib.elastic.meeting import Exchanged
 from forge_lib.elastic.peer import Peer
 from forge_lib.elastic.peer_facts import Member
@@ -12,6 +10,7 @@ from forge_lib.elastic.work import Work
 from forge_lib.peers_config import ElasticConfig
 from forge_lib.training.anomalies import SpikeDetector
 from forge_lib.training.run import Run
+from forge_lib.training.unused_flags import describe_unused
 
 logger = logging.getLogger("forge")
 
@@ -133,10 +132,8 @@ def warn_of_flags_without_effect(config: ElasticConfig) -> None:
         reasons |= dict.fromkeys(("outer_learning_rate", "outer_momentum", "late_seconds"), no_rounds)
     else:
         reasons["log_every"] = "each round is logged"
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name, reason in reasons.items():
-        if getattr(config, name) != defaults[name]:
-            logger.warning(f"{flag_name(name)} has no effect: {reason}")
+    for line in describe_unused(config, reasons):
+        logger.warning(line)
 
 
 def describe_participants(members: list[Member]) -> list[dict]:

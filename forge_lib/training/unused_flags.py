@@ -28,9 +28,7 @@ def flags_without_effect(config: TrainConfig, has_held_out_data: bool, num_steps
             reasons["eval_every"] = reasons["keep_best"]
     elif not config.eval_every:
         reasons["keep_best"] = "the model is never evaluated with --eval-every 0"
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    given = {name: reason for name, reason in reasons.items() if getattr(config, name) != defaults[name]}
-    lines = [f"{flag_name(name)} has no effect: {reason}" for name, reason in given.items()]
+    lines = describe_unused(config, reasons)
     if config.warmup_steps >= num_steps and "warmup_steps" not in reasons:
         lines.append(f"--warmup-steps {config.warmup_steps}: the run ends after {num_steps} steps, before the peak")
     if config.keep_best and "keep_best" not in reasons and config.checkpoint_every % config.eval_every:
@@ -38,3 +36,10 @@ def flags_without_effect(config: TrainConfig, has_held_out_data: bool, num_steps
             "--keep-best needs an evaluation at each save: make --checkpoint-every a multiple of --eval-every"
         )
     return lines
+
+
+def describe_unused(config: TrainConfig, reasons: dict[str, str]) -> list[str]:
+    """Returns a line for each field of `reasons` whose value is not the default: why it has no effect."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    given = [name for name in reasons if getattr(config, name) != defaults[name]]
+    return [f"{flag_name(name)} has no effect: {reasons[name]}" for name in given]
