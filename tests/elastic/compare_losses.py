@@ -281,11 +281,14 @@ def held_out_loss(model: torch.nn.Module, dataset) -> float:
 def print_table(
     found: dict[str, dict[str, float]], optimizer: str, peers: int, args: argparse.Namespace, outer: tuple | None
 ) -> None:
-    """Prints the mean losses over the seeds, and how much they are above those of one global batch; nan: not run."""
+    """Prints the mean losses over the seeds, and how much they are above those of one global batch; -: not run."""
 
     def mean(every: int, compression: str) -> float:
         losses = found.get(Case(peers, every, compression, optimizer, 0, outer).name, {}).values()
-        return statistics.mean(losses) if losses else float("nan")
+        return statistics.mean(losses) if losses else 0.0
+
+    def describe(loss: float) -> str:
+        return f"{loss:.4f}, {loss / baseline - 1:+.1%}" if loss and baseline else "-"
 
     baseline = mean(0, "")
     print(f"\n{optimizer}, {peers} peers; one global batch: {baseline:.4f}\n")
@@ -293,7 +296,7 @@ def print_table(
     print("| --- " * (1 + len(args.compressions)) + "|")
     for every in filter(None, args.sync_every):
         losses = [mean(0 if every == 1 and each == "no" else every, each) for each in args.compressions]
-        print(f"| {every} |", *(f"{loss:.4f}, {loss / baseline - 1:+.1%} |" for loss in losses))
+        print(f"| {every} |", *(f"{describe(loss)} |" for loss in losses))
 
 
 def main() -> None:
