@@ -301,8 +301,6 @@ class TrainConfig(
     def find_mistakes(self) -> list[str]:
         """Returns a line for each pair of values that do not go together."""
         mistakes = []
-        if not self.output_dir:
-            mistakes.append("--output-dir is empty; expected a folder for the run")
         if not re.fullmatch("all|main|[1-9][0-9]*", self.checkpoint_machines):
             mistakes.append(
                 f"--checkpoint-machines {self.checkpoint_machines}: expected all, main, or a number from 1"

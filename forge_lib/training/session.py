@@ -107,6 +107,8 @@ def join(config: TrainConfig, world: World, peers: Peers, lock: RunLock) -> Sess
         UserError: the machines differ in something that must be equal, or the run folder is in use or not writable.
     """
     check_environment()
+    if not config.output_dir:
+        raise UserError("--output-dir is empty; expected a folder for the run")
     if config.push_to_hub and world.process_index == 0:
         check_hub(config.push_to_hub)
     device = choose_device(config.device, world)
