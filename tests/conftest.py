@@ -17,9 +17,15 @@ from networks import Hosts
 # thread per core, then take fifty times as long. It changes no result.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+
+def _keep_garbage_of_parent() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 # A forked test process never collects the garbage of its parent: the tensors in it belong to threads that it lacks,
-# and to free them has crashed it.
-os.register_at_fork(after_in_child=gc.freeze)
+# and to free them has crashed it. Disabled before the fork, because Python's own work after it may collect, too.
+os.register_at_fork(before=gc.disable, after_in_parent=gc.enable, after_in_child=_keep_garbage_of_parent)
 
 
 @pytest.fixture(scope="session", autouse=True)
