@@ -145,12 +145,13 @@ def _read_yaml(path: Path, known: dict[str, Any]) -> list[str]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected lines of `key: value`, found a {type(values).__name__}")
     flags = []
-    for (key, value), as_written in zip(values.items(), written.values(), strict=True):
+    for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise UserError(f"--config {path}: unknown key {key!r}{_did_you_mean(str(key), known)}")
+        as_written = written.get(key, value)  # a key of a merged mapping (<<) is only in `values`
         if isinstance(value, list):
-            flags += [flag_name(name), *as_written]
+            flags += [flag_name(name), *map(str, as_written)]
         elif value is not None:
             flags.append(f"{flag_name(name)}={value if known[name] is bool else as_written}")
     return flags

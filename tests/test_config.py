@@ -92,3 +92,12 @@ def test_a_value_that_looks_like_a_flag_is_explained():
     with pytest.raises(UserError, match=r"value of --document-separator: --document-separator=---$"):
         parse_config(TrainConfig, [*NEEDED, "--document-separator", "---"])
     assert parse_config(TrainConfig, [*NEEDED, "--document-separator=---"]).document_separator == "---"
+
+
+def test_an_empty_yaml_and_merged_mappings_are_read(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("# nothing yet\n")
+    assert parse_config(TrainConfig, [*NEEDED, "--config", str(path)]).seed == 0
+    path.write_text("<<: {seed: 7}\nbatch_size: 16\n")
+    config = parse_config(TrainConfig, [*NEEDED, "--config", str(path)])
+    assert (config.seed, config.batch_size) == (7, 16)
