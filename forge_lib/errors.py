@@ -46,12 +46,12 @@ def as_user_error(error: BaseException) -> BaseException:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises UserError for an error of the disk in this block, which writes `path`: a full disk names no file."""
+def disk_errors_as_user_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError inside the `with` block into a UserError that names the file, or else `path`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; free some space, then start again") from None
+        raise UserError(f"{error.filename or path}: {error.strerror}") from None
 
 
 def first_line(error: BaseException) -> str:

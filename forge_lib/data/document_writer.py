@@ -10,7 +10,7 @@ import numpy as np
 
 from forge_lib.data.reading import Piece
 from forge_lib.data.tokenizing import Encoder
-from forge_lib.errors import writing
+from forge_lib.errors import disk_errors_as_user_errors
 
 BATCH_CHARACTERS = 1 << 20  # tokenized at a time; a token in the tokenizer takes about 100 bytes of memory
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -27,12 +27,12 @@ class HashedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with writing(self.path):
+        with disk_errors_as_user_errors(self.path):
             self._file.close()
 
     def write(self, array: np.ndarray) -> None:
         data = array.tobytes()
-        with writing(self.path):
+        with disk_errors_as_user_errors(self.path):
             self._file.write(data)
         self._hash.update(data)
         self.size += len(data)

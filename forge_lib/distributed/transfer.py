@@ -21,13 +21,12 @@ from forge_lib.distributed.transfer_files import (
     Files,
     PartialFile,
     check_files,
-    disk_errors_as_user_errors,
     open_partial_folder,
     place_partial_folder,
     total_bytes,
 )
 from forge_lib.distributed.transfer_progress import Progress, ProgressMeter
-from forge_lib.errors import UserError
+from forge_lib.errors import UserError, disk_errors_as_user_errors
 
 PIECES_AHEAD = 4  # requested ahead, so that no piece waits for a round trip
 ROUNDS = 3

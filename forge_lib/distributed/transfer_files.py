@@ -5,8 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -204,12 +203,3 @@ def place_partial_folder(folder: Path) -> None:
     (partial / LIST_NAME).unlink()
     disk.flush_all(partial)
     disk.place(folder)
-
-
-@contextmanager
-def disk_errors_as_user_errors(folder: Path) -> Iterator[None]:
-    """Turns an OSError inside the `with` block into a UserError that names the file, or else `folder`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror}") from None

@@ -18,14 +18,13 @@ from forge_lib.distributed.transfer_files import (
     Files,
     PartialFile,
     check_files,
-    disk_errors_as_user_errors,
     open_partial_folder,
     place_partial_folder,
     total_bytes,
 )
 from forge_lib.distributed.transfer_progress import ProgressMeter
 from forge_lib.elastic.peer_facts import PeerFacts
-from forge_lib.errors import UserError
+from forge_lib.errors import UserError, disk_errors_as_user_errors
 
 logger = logging.getLogger("forge")
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from forge_lib import disk
-from forge_lib.errors import writing
+from forge_lib.errors import disk_errors_as_user_errors
 
 
 def save_final(
@@ -36,7 +36,7 @@ def save_final(
     disk.restore(folder)
     partial = disk.partial_path(folder)
     disk.remove(partial)
-    with writing(folder):
+    with disk_errors_as_user_errors(folder):
         if hasattr(model, "merge_and_unload"):
             _save_model(model, partial / "adapter")
             model = model.merge_and_unload()
