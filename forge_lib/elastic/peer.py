@@ -200,10 +200,17 @@ class Peer:
         """
         behind = {member.id: member.facts.round for member in members if member not in ready}
         is_stuck = any(self._behind.get(name) == round for name, round in behind.items())
-        self._behind |= behind
+        self._note_behind(members, behind)
         is_first = ready[0].id == self.membership.id
         if is_stuck or (is_first and any(map(self.files.needs_snapshot, behind.values()))):
             self._keep(self.files.serve_snapshot)
+
+    def _note_behind(self, members: list[Member], behind: dict[str, int]) -> None:
+        """Remembers which peers have an older state; one that is gone is forgotten when it is back with the newest."""
+        self._behind |= behind
+        for member in members:
+            if member.id not in behind:
+                self._behind.pop(member.id, None)
 
     def _is_waiting_for_more(self, ready: list[Member]) -> bool:
         """Returns whether nobody trains yet, and all that are there wait for more."""
@@ -268,7 +275,7 @@ class Peer:
 
     def linger(self) -> None:
         """Serves a complete run until all living peers have it; waits for a late one as long as it comes nearer."""
-        until, seen, begun = 0.0, set(), time.monotonic()
+        until, seen, begun, is_noted = 0.0, set(), time.monotonic(), False
 
         def gives_up() -> bool:
             lost_at = self.membership.lost_at
@@ -276,12 +283,16 @@ class Peer:
             return self._gives_up() or bool(is_lost)
 
         while members := self.membership.quorum(self.facts(Work()), gives_up):
-            late = {(member.id, member.facts.round) for member in members if not member.facts.is_complete}
-            if late - seen:
-                until, seen = time.monotonic() + LINGER_SECONDS, seen | late
+            late = {member.id: member.facts.round for member in members if not member.facts.is_complete}
+            self._note_behind(members, late)
+            if late.items() - seen:
+                until, seen = time.monotonic() + LINGER_SECONDS, seen | late.items()
                 self._keep(self.files.serve_snapshot)
-            if time.monotonic() > max(until, self.shared.served_at + DOWNLOAD_SECONDS):
+            if not self._behind or time.monotonic() > max(until, self.shared.served_at + DOWNLOAD_SECONDS):
                 break
+            if not is_noted:
+                logger.info("the run is complete; serving it until the peers that are behind have it")
+                is_noted = True
             time.sleep(RETRY_SECONDS)
         self.leave()
 
