@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FIRST_STEPS = 2  # of a peer whose speed is not known yet
+FIRST_STEPS = 2  # of a round if no peer's speed, or no exchange, is known yet
 MIN_STEPS, MAX_STEPS = 10, 100  # of --sync-every, if it is derived; and most of a round that waits for a slow peer
 UPDATES_PER_ROUND = 4  # how many updates the slowest peer that catches up can download in a round
 CATCH_UP_SECONDS = 600.0  # a round does not become longer than this for a peer that catches up
@@ -35,7 +35,8 @@ def plan_round(
     for it. With a peer for which they had to make more than MAX_STEPS, they do wait.
 
     Args:
-        step_seconds: seconds per step of each peer; 0: not known.
+        step_seconds: seconds per step of each peer; 0: not known. Such a peer is planned as if it were as fast as the
+            slowest of the others; if it is slower, it ends its round early, before it would be late.
         exchange_seconds: of the slowest of the last exchanges; 0: not known.
         sync_every: average steps of a peer; 0: derived, so that the exchange takes a small share of the round.
         update_seconds: that a peer which catches up needs to download one update; 0: no peer does. Rounds are not
@@ -58,7 +59,7 @@ def plan_round(
     seconds = average * mean_seconds
     if slowest <= seconds < FEW_STEPS * slowest:
         seconds = round(seconds / slowest) * slowest  # whole steps of that peer: else the others would wait for it
-    return Pace([max(1, round(seconds / each)) if each > 0 else FIRST_STEPS for each in step_seconds], seconds)
+    return Pace([max(1, round(seconds / (each or slowest))) for each in step_seconds], seconds)
 
 
 def fits_grace(remaining_seconds: float, exchange_seconds: float, grace_seconds: float) -> bool:

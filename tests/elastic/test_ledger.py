@@ -68,7 +68,11 @@ def test_without_a_wanted_number_a_round_is_much_longer_than_its_exchange(exchan
 
 def test_the_first_round_is_short():
     assert plan_round([0.0, 0.0], 0.0, 50).steps == [2, 2]
-    assert plan_round([0.1, 0.0], 0.5, 20).steps == [20, 2]
+
+
+def test_a_peer_whose_speed_is_not_known_is_planned_like_the_slowest_of_the_others():
+    assert plan_round([0.1, 0.0], 0.5, 20).steps == [20, 20]
+    assert plan_round([0.1, 0.0, 0.3], 0.5, 20).steps == [30, 10, 10]
 
 
 def test_a_peer_alone_makes_rounds_between_which_another_one_can_catch_up():
