@@ -86,7 +86,7 @@ def _fetch_from(source: PeerFacts, missing: list[str], config: ElasticConfig, gi
             target = received_folder(served["fingerprints"][name])
             setattr(config, name, str(target))
         if not target.exists():
-            download(source, name, files, target, gives_up)
+            download(source, name, files, target, f"what {flag_name(name)} names", gives_up)
 
 
 def serve_inputs(config: ElasticConfig, shared: Shared, stores: dict[str, Path]) -> None:
@@ -247,7 +247,9 @@ def _apply_updates(
         return False
     for name in names:
         target = own.incoming / name.partition(".")[0]
-        download(source, UPDATES, {name: files[name]}, target, gives_up, rate=meter)
+        number = int(target.name) + 1  # of the round in the log
+        what = f"the update of round {number}"
+        download(source, UPDATES, {name: files[name]}, target, what, gives_up, rate=meter)
         try:
             commit, data, expected = own.read_update(target / name)
         except UPDATE_ERRORS as error:
@@ -256,12 +258,12 @@ def _apply_updates(
         before = state.hash
         found.contributed |= meeting.apply_missed(commit, data)
         if state.hash != expected:
-            logger.warning(f"the update of round {commit.round} does not fit this peer's state: it gets all of it")
+            logger.warning(f"the update of round {number} does not fit this peer's state: it gets all of it")
             return False
         try:
             own.keep_update(commit, data, before)
         except (OSError, SafetensorError) as error:
-            logger.warning(f"the update of round {commit.round} cannot be kept for others: {error}")
+            logger.warning(f"the update of round {number} cannot be kept for others: {error}")
         disk.remove(target)
     return True
 
@@ -279,7 +281,7 @@ def _load_state(
     for old in own.incoming.glob(f"*{STATE}-*"):
         if not old.name.endswith(name):  # of a download that will not go on
             disk.remove(old)
-    download(source, name, files, target, gives_up, rate=meter)
+    download(source, name, files, target, f"the state of round {_round_of(name)}", gives_up, rate=meter)
     meeting.drop()
     if not own.load_snapshot(target):
         logger.warning(f"the state from {source.name} does not have its hash: it is fetched again")

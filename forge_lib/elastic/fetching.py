@@ -74,6 +74,7 @@ def download(
     name: str,
     files: Files,
     target: Path,
+    what: str,
     gives_up: Callable[[], bool],
     patience_seconds: float = PATIENCE_SECONDS,
     rate: RateMeter | None = None,
@@ -88,6 +89,7 @@ def download(
         name: of the folder there.
         files: that it has.
         target: path of the new folder.
+        what: it is, for messages.
         gives_up: called now and then; once it returns true, the download ends, and can be continued later.
         patience_seconds: how long it waits for an answer.
         rate: measures how fast the bytes arrive.
@@ -96,7 +98,7 @@ def download(
         GoneError: the peer no longer serves the folder, or does not answer; or `gives_up` returned true.
         UserError: `files` is not valid, the disk is full or fails, or a hash is wrong three times.
     """
-    what = f"{target.name} from {peer.name}"
+    what = f"{what} from {peer.name}"
     meter, rate = ProgressMeter(f"receiving {what}", lambda text: None, to_stderr=True), rate or RateMeter()
     with disk_errors_as_user_errors(target):
         check_files(files)

@@ -18,7 +18,8 @@ def test_only_the_bytes_that_arrive_count_for_the_rate(tmp_path, free_port):
     (partial / "weights.safetensors").write_bytes(data[: 2 * PIECE_BYTES])
     shared, rate = Shared(folders={"state": (source, files)}), RateMeter()
     with StateServer("127.0.0.1", free_port, shared):
-        download(PeerFacts("alder", "127.0.0.1", 1, free_port), "state", files, target, lambda: False, rate=rate)
+        alder = PeerFacts("alder", "127.0.0.1", 1, free_port)
+        download(alder, "state", files, target, "the state", lambda: False, rate=rate)
     assert (target / "weights.safetensors").read_bytes() == data
     assert rate.num_bytes == PIECE_BYTES
 
