@@ -14,13 +14,13 @@ from forge_lib.config import flag_name
 from forge_lib.data.files import data_exists
 from forge_lib.data.token_store import is_store, open_store, received_folder
 from forge_lib.distributed.transfer_files import Files, list_files, total_bytes
-from forge_lib.elastic.fetching import NETWORK_ERRORS, GoneError, RateMeter, download, fetch_facts
+from forge_lib.elastic.fetching import NETWORK_ERRORS, GoneError, RateMeter, StoppedError, download, fetch_facts
 from forge_lib.elastic.meeting import Meeting
 from forge_lib.elastic.membership import Membership
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.elastic.shared_state import SharedState
 from forge_lib.elastic.sharing import Shared
-from forge_lib.elastic.state_files import STATE, UPDATE_ERRORS, UPDATES, StateFiles, update_name
+from forge_lib.elastic.state_files import FILE_ERRORS, STATE, UPDATES, StateFiles, update_name
 from forge_lib.errors import UserError
 from forge_lib.models.loading import model_exists
 from forge_lib.peers_config import ElasticConfig
@@ -66,6 +66,8 @@ def fetch_inputs(
             try:
                 _fetch_from(source, missing, config, gives_up)
                 return
+            except StoppedError:
+                return
             except (GoneError, *NETWORK_ERRORS) as error:
                 logger.warning(f"{source.name} cannot be reached: {error}")
         time.sleep(RETRY_SECONDS)
@@ -86,7 +88,8 @@ def _fetch_from(source: PeerFacts, missing: list[str], config: ElasticConfig, gi
             target = received_folder(served["fingerprints"][name])
             setattr(config, name, str(target))
         if not target.exists():
-            download(source, name, files, target, f"what {flag_name(name)} names", gives_up)
+            what = "the model" if name == "model_name" else f"the tokens of {flag_name(name)}"
+            download(source, name, files, target, what, gives_up)
 
 
 def serve_inputs(config: ElasticConfig, shared: Shared, stores: dict[str, Path]) -> None:
@@ -135,9 +138,11 @@ def catch_up(own: StateFiles, meeting: Meeting, ready: list[Member], gives_up: C
     found, meter = CaughtUp(), RateMeter()
     commits = any(member.facts.tokens for member in ready)  # they commit a round now: it can be had in a moment
     for source in (member.facts for member in ready):
+        if gives_up():
+            return found
         try:
-            served = _wait_for_update(source) if commits else fetch_facts(source)["folders"]
-            served = _wait_for_snapshot(own.state, source, served)
+            served = _wait_for_update(source, gives_up) if commits else fetch_facts(source)["folders"]
+            served = _wait_for_snapshot(own.state, source, served, gives_up)
             updates, newest = served.get(UPDATES, {}), choose_snapshot(own, source, served)
             names = _missing_updates(own.state, source, updates)
             is_smaller = newest and _needs_fewer_bytes(own.state, newest, served[newest], updates, names)
@@ -150,7 +155,9 @@ def catch_up(own: StateFiles, meeting: Meeting, ready: list[Member], gives_up: C
             if is_complete or newest:
                 found.update_seconds = meter.seconds_for(max((each["bytes"] for each in updates.values()), default=0))
                 return found
-        except (GoneError, UserError, SafetensorError, *NETWORK_ERRORS) as error:  # UserError: the disk is full
+        except StoppedError:
+            return found
+        except (GoneError, UserError, *FILE_ERRORS, *NETWORK_ERRORS) as error:  # UserError: the disk is full
             logger.warning(f"the state of {source.name} cannot be fetched: {error}; trying again")
     time.sleep(RETRY_SECONDS)
     return found
@@ -176,18 +183,18 @@ def _needs_fewer_bytes(state: SharedState, newest: str, files: Files, updates: d
     return total_bytes(files) + rest < sum(updates[name]["bytes"] for name in names)
 
 
-def _wait_for_update(source: PeerFacts) -> dict:
+def _wait_for_update(source: PeerFacts, gives_up: Callable[[], bool]) -> dict:
     """Returns the folders that a peer serves, once they have the update of the round that it commits now."""
     until = time.monotonic() + COMMIT_SECONDS + 2 * source.exchange_seconds
     while True:
         served = fetch_facts(source)["folders"]
         updates = served.get(UPDATES)  # there are none with --sync-every 1
-        if updates is None or update_name(source.round) in updates or time.monotonic() > until:
+        if updates is None or update_name(source.round) in updates or time.monotonic() > until or gives_up():
             return served
         time.sleep(POLL_SECONDS)
 
 
-def _wait_for_snapshot(state: SharedState, source: PeerFacts, served: dict) -> dict:
+def _wait_for_snapshot(state: SharedState, source: PeerFacts, served: dict, gives_up: Callable[[], bool]) -> dict:
     """Returns what a peer serves, once it has a snapshot, if this peer needs one.
 
     It does if it lacks more updates than a snapshot is large; or if none are served, as with --sync-every 1: then only
@@ -195,9 +202,9 @@ def _wait_for_snapshot(state: SharedState, source: PeerFacts, served: dict) -> d
     peer lacks it.
     """
     until = time.monotonic() + SNAPSHOT_SECONDS
-    while time.monotonic() < until:
+    while time.monotonic() < until and not gives_up():
         has_updates = bool(served.get(UPDATES))
-        if has_updates and source.round - max(0, state.round) <= MANY_UPDATES:
+        if has_updates and 0 <= source.round - max(0, state.round) <= MANY_UPDATES:
             break
         if max(map(_round_of, _snapshots(served)), default=-1) >= (0 if has_updates else source.round):
             break
@@ -252,7 +259,7 @@ def _apply_updates(
         download(source, UPDATES, {name: files[name]}, target, what, gives_up, rate=meter)
         try:
             commit, data, expected = own.read_update(target / name)
-        except UPDATE_ERRORS as error:
+        except FILE_ERRORS as error:
             logger.warning(f"an update from {source.name} cannot be used: {error}")
             return False
         before = state.hash
@@ -282,6 +289,7 @@ def _load_state(
         if not old.name.endswith(name):  # of a download that will not go on
             disk.remove(old)
     download(source, name, files, target, f"the state of round {_round_of(name)}", gives_up, rate=meter)
+    is_right = own.load_snapshot(target)
     meeting.drop()
-    if not own.load_snapshot(target):
+    if not is_right:
         logger.warning(f"the state from {source.name} does not have its hash: it is fetched again")

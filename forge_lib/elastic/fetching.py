@@ -32,7 +32,12 @@ SOCKET_SECONDS = 10
 RETRY_SECONDS = 1
 PATIENCE_SECONDS = 60  # without a byte; after that another peer is asked
 ROUNDS = 3  # how often a file with a wrong hash is fetched again
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not reach the peers
 NETWORK_ERRORS = (OSError, http.client.HTTPException)  # urllib's errors are OSErrors
+
+
+class StoppedError(Exception):
+    """This peer was asked to stop during a download, which can be continued later."""
 
 
 class GoneError(Exception):
@@ -65,7 +70,7 @@ def url_of(peer: PeerFacts, *words: str) -> str:
 
 def fetch_facts(peer: PeerFacts) -> dict:
     """Returns what a peer says about itself and its files; one of NETWORK_ERRORS if it does not answer."""
-    with urllib.request.urlopen(url_of(peer, "facts"), timeout=SOCKET_SECONDS) as response:
+    with DIRECT.open(url_of(peer, "facts"), timeout=SOCKET_SECONDS) as response:
         return json.load(response)
 
 
@@ -95,7 +100,8 @@ def download(
         rate: measures how fast the bytes arrive.
 
     Raises:
-        GoneError: the peer no longer serves the folder, or does not answer; or `gives_up` returned true.
+        GoneError: the peer no longer serves the folder, or does not answer.
+        StoppedError: `gives_up` returned true.
         UserError: `files` is not valid, the disk is full or fails, or a hash is wrong three times.
     """
     what = f"{what} from {peer.name}"
@@ -115,7 +121,9 @@ def download(
                     wrong += 1
                 if wrong == ROUNDS:
                     raise UserError(f"{what}: {each} arrived {ROUNDS} times with a wrong sha256")
-                if gives_up() or time.monotonic() - answered_at > patience_seconds:
+                if gives_up():
+                    raise StoppedError
+                if time.monotonic() - answered_at > patience_seconds:
                     raise GoneError(f"{peer.name} does not answer")
                 if not num_received:
                     time.sleep(RETRY_SECONDS)
@@ -141,7 +149,7 @@ def _receive(
     start = at = part.num_held
     request = urllib.request.Request(url_of(peer, folder, name), headers={"Range": f"bytes={start}-"})
     try:
-        with urllib.request.urlopen(request, timeout=SOCKET_SECONDS) as response:
+        with DIRECT.open(request, timeout=SOCKET_SECONDS) as response:
             while at < size and not gives_up() and (piece := _read_piece(response, min(PIECE_BYTES, size - at))):
                 part.write(at, np.frombuffer(piece, np.uint8))
                 meters[0].add(len(piece))

@@ -10,7 +10,7 @@ or a lost peer left out stays open, and is given out first in the next round.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,17 +73,29 @@ class Ledger:
         edges = np.round(np.cumsum([0.0, *speeds]) / sum(speeds) * len(samples)).astype(int)
         return [samples[start:stop] for start, stop in itertools.pairwise(edges)]
 
-    def commit(self, samples: Iterable[int]) -> None:
-        """Records samples as committed; none of them was before."""
-        ranges = self.committed + [[sample, sample + 1] for sample in samples]
+    def commit(self, ranges: Sequence[Sequence[int]]) -> None:
+        """Records the samples of ranges [start, stop) as committed.
+
+        Raises:
+            ValueError: one of them was before, or a range is empty; nothing is recorded.
+        """
+        merged = self._merged(ranges)
+        self.first_open, self.committed = merged[0][1], merged[1:]
+
+    def check(self, ranges: Sequence[Sequence[int]]) -> None:
+        """Raises ValueError if `commit` would."""
+        self._merged(ranges)
+
+    def _merged(self, ranges: Sequence[Sequence[int]]) -> list[list[int]]:
         merged = [[0, self.first_open]]
-        for start, stop in sorted(ranges):
-            assert start >= merged[-1][1], f"sample {start} is committed twice"
+        for start, stop in sorted([*self.committed, *ranges]):
+            if not merged[-1][1] <= start < stop:
+                raise ValueError(f"samples {start} to {stop} are committed twice, or are no range")
             if start == merged[-1][1]:
                 merged[-1][1] = stop
             else:
                 merged.append([start, stop])
-        self.first_open, self.committed = merged[0][1], merged[1:]
+        return merged
 
     def to_json(self) -> dict:
         """Returns the ledger as JSON types."""

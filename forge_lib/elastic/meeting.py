@@ -26,12 +26,16 @@ MAX_FAILURES = 4  # of the exchange of a round; then peers are left out although
 
 
 def ready_members(members: list[Member]) -> list[Member]:
-    """Returns the members with the newest state, among those with the configuration of the peers that train."""
+    """Returns the members with the newest state, among those with the configuration of the peers that train.
+
+    The newest state is the one with the most committed samples, not the one with the most rounds: a peer that was left
+    alone makes many short rounds.
+    """
     if not members:
         return []
 
     def age(member: Member) -> tuple:
-        return member.facts.round, member.facts.index >= 0, member.facts.committed, member.facts.tokens
+        return member.facts.committed, member.facts.round, member.facts.index >= 0, member.facts.tokens
 
     trains = [member for member in members if member.facts.index >= 0]
     config = max(trains or members, key=age).facts.config

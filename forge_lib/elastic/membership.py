@@ -15,11 +15,11 @@ import dataclasses
 import http.client
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from forge_lib.distributed.peers import Peers
+from forge_lib.elastic.fetching import DIRECT
 from forge_lib.elastic.peer_facts import Member, PeerFacts
 from forge_lib.errors import UserError, exit_code, first_line
 from forge_lib.process import die_with_parent
@@ -125,11 +126,11 @@ class Membership:
         return self._lost_at
 
     def expect(self, seconds: float = float("inf")) -> None:
-        """Promises to ask for a quorum within `seconds`; later than that, this peer is late and sends no heartbeat.
+        """Promises to ask for a quorum within `seconds`: at that time, the last heartbeat of a late peer is too old.
 
-        The others then go on without it as soon as the last heartbeat is too old.
+        The others then go on without it.
         """
-        self._until = time.monotonic() + seconds - HEARTBEAT_TIMEOUT_SECONDS / 2
+        self._until = time.monotonic() + seconds - HEARTBEAT_TIMEOUT_SECONDS + HEARTBEAT_SECONDS
         self._beats.set()
 
     def leave(self) -> None:
@@ -203,7 +204,7 @@ class Membership:
             self.on_wait(what)
         if is_lost and not self._is_loss_logged:
             self._is_loss_logged = True
-            logger.warning(f"waiting for the lighthouse {' or '.join(self._urls)}: {first_line(error)}")
+            logger.warning(f"waiting for the lighthouse {' or '.join(self._urls)}: {_reason(error)}")
             return now
         if now - noted > STATUS_SECONDS:
             logger.info(f"waiting for {what} since {now - begun:.0f} s")
@@ -225,8 +226,8 @@ class Membership:
         while not self._ends.wait(OTHERS_SECONDS):
             if other := self.find_other():
                 logger.warning(
-                    f"two lighthouses run: {self._url} and {other}; stop the one whose peers have made fewer rounds: "
-                    "they then join the others, and these rounds are dropped"
+                    f"two lighthouses run: {self._url} and {other}; stop one of them: its peers then join the others, "
+                    "and of the two states, the one with fewer samples is dropped"
                 )
                 return
 
@@ -239,7 +240,7 @@ class Membership:
             if url == self._url:
                 continue
             request = f"{url.rstrip('/')}/status"
-            with contextlib.suppress(*NO_ANSWER), urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as response:
+            with contextlib.suppress(*NO_ANSWER), DIRECT.open(request, timeout=CONNECT_SECONDS) as response:
                 if self.id.rpartition(":")[2] not in response.read().decode(errors="replace"):
                     return url
         return ""
@@ -252,6 +253,13 @@ class Membership:
         except (RuntimeError, TimeoutError, AttributeError):  # the other thread may just have lost it
             return False
         return True
+
+
+def _reason(error: Exception) -> str:
+    """Returns the last part of torchft's message, which is exact: the parts before it repeat the address."""
+    text = first_line(error)
+    message = re.search(r'message: "([^"]+)"', text)
+    return message[1] if message else text.rpartition(": ")[2]
 
 
 def new_gloo_group(timeout_seconds: float) -> Any:

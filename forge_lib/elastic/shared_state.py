@@ -1,14 +1,17 @@
 """The state that all peers share: weights, outer momentum, and which samples are committed."""
 
+import itertools
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from forge_lib.elastic.compression import CODECS
 from forge_lib.elastic.flat import Shards
 from forge_lib.elastic.ledger import Ledger
 from forge_lib.elastic.outer import OuterOptimizer
+
+MAX_SHARDS = 1024  # of an update: one for each peer
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,17 @@ class Commit:
     samples: list[list[int]]
     num_targets: int
     contributors: list[str]
+
+    @classmethod
+    def from_json(cls, content: dict) -> "Commit":
+        """Returns the commit whose fields these are; ValueError if they cannot be."""
+        commit = cls(**content)
+        numbers = [commit.round, commit.num_shards, commit.num_targets, *itertools.chain(*commit.samples)]
+        rates = [commit.learning_rate, commit.momentum]
+        is_valid = commit.compression in CODECS and 1 <= commit.num_shards <= MAX_SHARDS
+        if not is_valid or not all(isinstance(each, int) for each in numbers) or not all(map(math.isfinite, rates)):
+            raise ValueError("a field of the commit is not valid")
+        return commit
 
 
 class SharedState:
@@ -69,6 +83,15 @@ class SharedState:
             "hash": self.hash,
         }
 
+    @staticmethod
+    def check(description: dict) -> None:
+        """Raises KeyError, TypeError or ValueError if `load` could not take this over."""
+        for name in ("round", "num_targets", "num_contributors"):
+            int(description[name])
+        str(description["hash"])
+        ledger = description["ledger"]
+        Ledger(0, ledger["first_open"]).check(ledger["committed"])
+
     def load(self, description: dict) -> bool:
         """Takes over what `describe` returned, once the vectors are loaded; returns whether the hash is right."""
         self.round, self.num_targets = description["round"], description["num_targets"]
@@ -89,7 +112,11 @@ class SharedState:
         Args:
             commit: describes the round.
             data: the bytes of the averaged change, by shard.
+
+        Raises:
+            ValueError: a sample was committed before; nothing has changed.
         """
+        self.ledger.check(commit.samples)
         shards = self.shards(commit.compression, commit.num_shards)
         update = torch.empty(self.outer.flat.total)
         for index, each in enumerate(data):
@@ -100,7 +127,7 @@ class SharedState:
 
     def commit(self, commit: Commit) -> None:
         """Records the samples of a committed round. With --sync-every 1, `updated` follows after the update."""
-        self.ledger.commit(np.concatenate([np.arange(*each) for each in commit.samples] or [np.arange(0)]).tolist())
+        self.ledger.commit(commit.samples)
         self.num_targets += commit.num_targets
         self.num_contributors = len(commit.contributors)
         self.round = commit.round + 1

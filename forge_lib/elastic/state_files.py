@@ -13,6 +13,7 @@ import logging
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +32,7 @@ KEPT_UPDATES = 32  # rounds whose updates are kept at least
 MOST_UPDATES = 128  # and those since the last snapshot, if it is not older than this
 SNAPSHOT_ROUNDS = 16  # a snapshot that is not older than this is completed with updates instead of a new one
 STATE, UPDATES = "state", "updates"  # names of the folders that are served; STATE is followed by the round
-UPDATE_ERRORS = (ValueError, KeyError, TypeError, SafetensorError)  # of a file that is not the expected update
+FILE_ERRORS = (ValueError, KeyError, TypeError, SafetensorError)  # of a file that is not the expected one
 
 
 def update_name(round: int) -> str:
@@ -39,9 +40,9 @@ def update_name(round: int) -> str:
     return f"{round:08d}.safetensors"
 
 
-def _ranges(description: dict) -> dict:
-    """Returns the committed samples in the description of a state, as arguments of a Ledger."""
-    return {name: description["ledger"][name] for name in ("first_open", "committed")}
+def _num_committed(description: dict) -> int:
+    """Returns how many samples are committed in the description of a state."""
+    return Ledger(0, description["ledger"]["first_open"], description["ledger"]["committed"]).num_committed
 
 
 class StateFiles:
@@ -64,6 +65,7 @@ class StateFiles:
         self, state: SharedState, folder: Path, shared: Shared, identity: dict, keeps_checkpoints: bool = True
     ):
         self.state, self.folder, self._shared, self._identity = state, folder, shared, identity
+        self._run = xxhash.xxh3_128_hexdigest(to_json(identity))
         self.incoming = folder.with_name("incoming")
         self._snapshot_round = -1
         self._keeps_checkpoints = keeps_checkpoints
@@ -90,6 +92,7 @@ class StateFiles:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / update_name(commit.round)
         metadata = {"commit": json.dumps(commit.__dict__), "before": before, "after": self.state.hash}
+        metadata["run"] = self._run
         try:
             save_file({"data": torch.cat(data)}, disk.partial_path(path), metadata)
             disk.flush(disk.partial_path(path))
@@ -134,11 +137,16 @@ class StateFiles:
         """Returns a commit, the bytes of its update by shard, and the hash of the state after it.
 
         Raises:
-            ValueError: it is not the update that follows this state.
+            ValueError: it is not the update that follows this state; or another one of FILE_ERRORS.
         """
         with safe_open(path, framework="pt") as file:
             metadata, data = file.metadata(), file.get_tensor("data")
-        commit = Commit(**json.loads(metadata["commit"]))
+        if metadata["run"] != self._run:
+            raise ValueError(f"{path.name} belongs to another run")
+        if data.dtype != torch.uint8:
+            raise ValueError(f"{path.name} has {data.dtype} instead of bytes")
+        commit = Commit.from_json(json.loads(metadata["commit"]))
+        self.state.ledger.check(commit.samples)
         shards = self.state.shards(commit.compression, commit.num_shards)
         sizes = [shards.num_bytes(index) for index in range(commit.num_shards)]
         if (commit.round, metadata["before"], sum(sizes)) != (self.state.round, self.state.hash, len(data)):
@@ -154,7 +162,7 @@ class StateFiles:
         while (path := folder / update_name(self.state.round)).exists():
             try:
                 commit, data, expected = self.read_update(path)
-            except UPDATE_ERRORS as error:
+            except FILE_ERRORS as error:
                 logger.warning(f"an update of an earlier start cannot be used: {error}")
                 break
             self.state.apply(commit, data)
@@ -175,30 +183,29 @@ class StateFiles:
 
     def _take_over_snapshot(self) -> None:
         """Loads the newest snapshot of an earlier process of this peer, if it is newer than this state."""
-        snapshots = sorted(
-            path for path in self.folder.glob(f"{STATE}-*") if path.name > f"{STATE}-{self.state.round:08d}"
-        )
+        newest, most = None, self.state.ledger.num_committed
+        for path in self.folder.glob(f"{STATE}-*"):
+            try:
+                description = json.loads((path / "state.json").read_bytes())
+                if description["identity"] != self._identity:
+                    logger.warning(f"{path} belongs to another run: it is removed")
+                elif (num_committed := _num_committed(description)) > most:
+                    newest, most = path, num_committed
+            except (OSError, *FILE_ERRORS) as error:
+                raise UserError(f"{path} cannot be read: {error}; remove it, and start again") from None
         for path in self.folder.glob(f"*{STATE}-*"):
-            if path not in snapshots[-1:]:
+            if path != newest:
                 disk.remove(path)
-        if not snapshots:
+        if not newest:
             return
         try:
-            description = json.loads((snapshots[-1] / "state.json").read_bytes())
-            if description.get("identity") != self._identity:
-                logger.warning(f"{snapshots[-1]} belongs to another run: it is removed")
-                disk.remove(snapshots[-1])
-                return
-            if Ledger(0, **_ranges(description)).num_committed <= self.state.ledger.num_committed:
-                disk.remove(snapshots[-1])  # the checkpoint has more: it is of train.py
-                return
-            is_right = self._read_snapshot(snapshots[-1], description)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"{snapshots[-1]} cannot be read: {error}; remove it, and start again") from None
+            is_right = self._read_snapshot(newest)
+        except (OSError, *FILE_ERRORS) as error:
+            raise UserError(f"{newest} cannot be read: {error}; remove it, and start again") from None
         if not is_right:
-            raise UserError(f"{snapshots[-1]} does not have its hash: remove it, and start again")
+            raise UserError(f"{newest} does not have its hash: remove it, and start again")
         logger.info(f"took over the state after round {self.state.round}, which this peer had fetched or served")
-        self._serve(snapshots[-1])
+        self._serve(newest)
 
     def _serve(self, folder: Path) -> None:
         self._snapshot_round = self.state.round
@@ -239,11 +246,20 @@ class StateFiles:
 
         Returns:
             Whether it is what its hash says; if not, the files are removed.
+
+        Raises:
+            One of FILE_ERRORS: it is not the state of such a model; the files are removed, and nothing else changes.
         """
+        try:
+            self._check_snapshot(folder)
+        except FILE_ERRORS:
+            disk.remove(folder)
+            raise
         for name in [name for name in self._shared.folders if name == UPDATES or name.startswith(f"{STATE}-")]:
             disk.remove(self._shared.folders.pop(name)[0])  # perhaps of another history
         self._snapshot_round = -1
-        if not self._read_snapshot(folder, json.loads((folder / "state.json").read_bytes())):
+        self._due.clear()
+        if not self._read_snapshot(folder):
             disk.remove(folder)
             return False
         target = self.folder / folder.name
@@ -255,7 +271,20 @@ class StateFiles:
         self._kept_since = self._saved_round = self.state.round
         return True
 
-    def _read_snapshot(self, folder: Path, description: dict) -> bool:
+    def _check_snapshot(self, folder: Path) -> dict:
+        """Returns the description of a snapshot; one of FILE_ERRORS if it is not the state of such a model."""
+        description = json.loads((folder / "state.json").read_bytes())
+        SharedState.check(description)
+        with safe_open(folder / "weights.safetensors", framework="pt") as file:
+            for name in ("weights", "momentum"):
+                found = file.get_slice(name)
+                if found.get_shape() != list(self.state.outer.weights.shape) or found.get_dtype() != "F32":
+                    raise ValueError(f"{name} of shape {found.get_shape()}, {found.get_dtype()}")
+        return description
+
+    def _read_snapshot(self, folder: Path) -> bool:
+        description = self._check_snapshot(folder)
+        self.state.hash = ""  # should this fail, the state is that of no peer
         with safe_open(folder / "weights.safetensors", framework="pt") as file:
             self.state.outer.weights.copy_(file.get_tensor("weights"))
             self.state.outer.momentum.copy_(file.get_tensor("momentum"))

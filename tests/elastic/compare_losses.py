@@ -35,6 +35,7 @@ from forge_lib.elastic import averaging  # noqa: E402
 from forge_lib.elastic.compression import CODECS  # noqa: E402
 from forge_lib.elastic.flat import FlatParameters, Shards  # noqa: E402
 from forge_lib.elastic.ledger import Ledger  # noqa: E402
+from forge_lib.elastic.meeting import to_ranges  # noqa: E402
 from forge_lib.elastic.outer import SPARSE_ERROR_DECAY, OuterOptimizer, default_rates  # noqa: E402
 from forge_lib.flags import parse_config  # noqa: E402
 from forge_lib.models.loading import load_model, load_tokenizer  # noqa: E402
@@ -261,7 +262,7 @@ def run_case(case: Case, work: Work) -> float:
                 peer.update(config, schedule(done * case.num_peers))
         else:
             exchange_changes(peers, case)
-        ledger.commit(np.concatenate([samples for part in parts for samples in part]).tolist())
+        ledger.commit(to_ranges(np.sort(np.concatenate([samples for part in parts for samples in part]))))
         done += count
     return held_out_loss(peers[0].model, held_out)
 

@@ -2,10 +2,24 @@
 
 import os
 
+import pytest
+
 from forge_lib.distributed.transfer_files import PIECE_BYTES, list_files, open_partial_folder
-from forge_lib.elastic.fetching import RateMeter, download
+from forge_lib.elastic.fetching import RateMeter, StoppedError, download, fetch_facts
 from forge_lib.elastic.peer_facts import PeerFacts
 from forge_lib.elastic.sharing import Shared, StateServer
+
+
+def test_a_peer_is_asked_directly_also_if_a_proxy_is_set(monkeypatch, free_port):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with StateServer("127.0.0.1", free_port, Shared(facts={"fingerprints": {}})):
+        assert fetch_facts(PeerFacts("alder", "127.0.0.1", 1, free_port)) == {"fingerprints": {}, "folders": {}}
+
+
+def test_a_stop_request_ends_a_download_and_is_no_fault_of_the_other_peer(tmp_path, free_port):
+    files, alder = {"a.safetensors": {"bytes": 1, "sha256": "0" * 64}}, PeerFacts("alder", "127.0.0.1", 1, free_port)
+    with pytest.raises(StoppedError):
+        download(alder, "state", files, tmp_path / "target", "the state", lambda: True)
 
 
 def test_only_the_bytes_that_arrive_count_for_the_rate(tmp_path, free_port):

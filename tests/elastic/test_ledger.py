@@ -31,7 +31,7 @@ def test_every_sample_is_given_out_until_it_is_committed_once(total, batch_size,
             assert all(np.array_equal(a, b) for a, b in zip(again, steps, strict=False)), "also for fewer steps"
             committed += again
         samples = np.sort(np.concatenate([*committed, np.arange(0)]))
-        ledger.commit(samples.tolist())
+        ledger.commit(to_ranges(samples))
         seen[samples] += 1
         assert ledger.num_committed == seen.sum()
         ranges = [sample for start, stop in to_ranges(samples) for sample in range(start, stop)]
@@ -49,7 +49,7 @@ def test_equal_peers_take_turns_as_in_one_run():
 
 def test_what_a_slow_peer_has_left_out_is_given_out_first():
     ledger = Ledger(100)
-    ledger.commit([0, 1, 4, 5, 8, 9, 2, 3])
+    ledger.commit([[0, 2], [4, 6], [8, 10], [2, 4]])
     assert (ledger.first_open, ledger.committed) == (6, [[8, 10]])
     assert ledger.samples_of(0, 1, 2, 2)[0].tolist() == [6, 7]
     assert ledger.samples_of(0, 1, 2, 2)[1].tolist() == [10, 11]

@@ -30,6 +30,11 @@ def test_the_newest_state_wins_and_peers_with_another_one_are_not_ready():
     assert names(ready_members(members)) == ["c"], "a peer that trains, rather than one that has come"
 
 
+def test_the_newest_state_is_that_with_the_most_committed_samples_not_with_the_most_short_rounds():
+    alone = member("d", round=78, committed=154_000, index=0, tokens=10)
+    assert names(ready_members([member("a", round=50, committed=160_000), alone])) == ["a"]
+
+
 def test_a_peer_of_another_run_does_not_count_however_far_it_is():
     members = [member("a", round=3, index=0, tokens=5), member("b", round=99, config={"seed": 1})]
     assert names(ready_members(members)) == ["a"]

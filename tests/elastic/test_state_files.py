@@ -1,7 +1,12 @@
 """What a peer has on its disk is enough to start again, and to let others catch up."""
 
+import json
+import math
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from forge_lib.elastic.catch_up import choose_snapshot
@@ -11,7 +16,7 @@ from forge_lib.elastic.outer import OuterOptimizer
 from forge_lib.elastic.peer_facts import PeerFacts
 from forge_lib.elastic.shared_state import Commit, SharedState
 from forge_lib.elastic.sharing import Shared
-from forge_lib.elastic.state_files import STATE, StateFiles, update_name
+from forge_lib.elastic.state_files import FILE_ERRORS, STATE, StateFiles, update_name
 from forge_lib.errors import UserError
 
 IDENTITY = {"data": "x"}
@@ -23,14 +28,19 @@ def make(folder, identity=IDENTITY, shared=None) -> StateFiles:
     return StateFiles(state, folder, shared or Shared(), identity)
 
 
-def commit(files: StateFiles) -> None:
-    """Commits a round of ten samples."""
+def made(files: StateFiles, num_samples: int = 10) -> tuple[Commit, list[torch.Tensor]]:
+    """Returns the commit of the next round, and its update."""
     state = files.state
     shards, first = state.shards("no", 1), state.ledger.first_open
     data = [shards.encode(torch.full((state.outer.flat.total,), 0.01 * (state.round + 1)), 0)]
-    made, before = Commit(state.round, "no", 1, 0.7, 0.6, [[first, first + 10]], 640, ["a"]), state.hash
-    state.apply(made, data)
-    files.keep_update(made, data, before)
+    return Commit(state.round, "no", 1, 0.7, 0.6, [[first, first + num_samples]], 640, ["a"]), data
+
+
+def commit(files: StateFiles, num_samples: int = 10) -> None:
+    """Commits a round."""
+    (commit, data), before = made(files, num_samples), files.state.hash
+    files.state.apply(commit, data)
+    files.keep_update(commit, data, before)
 
 
 def test_a_peer_that_has_fetched_all_of_the_state_starts_again_from_it(tmp_path):
@@ -55,7 +65,7 @@ def test_files_of_another_run_are_not_taken_over_and_damaged_ones_are_named(tmp_
     files.serve_snapshot()
     other = make(tmp_path, {"data": "y"})
     other.replay()
-    assert other.state.round in (0, 1) and not list(tmp_path.glob(f"{STATE}-*"))
+    assert other.state.round == 0 and not list(tmp_path.glob(f"{STATE}-*"))
     files = make(tmp_path / "damaged")
     commit(files)
     files.serve_snapshot()
@@ -65,6 +75,53 @@ def test_files_of_another_run_are_not_taken_over_and_damaged_ones_are_named(tmp_
     path.write_bytes(data)
     with pytest.raises(UserError, match="does not have its hash: remove it, and start again"):
         make(tmp_path / "damaged").replay()
+
+
+def test_of_two_histories_the_one_with_more_samples_is_taken_over_although_it_has_fewer_rounds(tmp_path):
+    """A peer that was left alone has made short rounds; then others came back with the state of fewer long ones."""
+    alone, others = make(tmp_path / "alone"), make(tmp_path / "others")
+    for _ in range(5):
+        commit(alone)
+    for _ in range(3):
+        commit(others, num_samples=30)
+    others.serve_snapshot()
+    (tmp_path / "others" / f"{STATE}-00000003").rename(tmp_path / f"{STATE}-00000003")
+    assert alone.load_snapshot(tmp_path / f"{STATE}-00000003")
+    commit(alone)
+    again = make(tmp_path / "alone")
+    for _ in range(5):  # its checkpoint is of the history that has ended
+        again.state.apply(*made(again))
+    again.replay()
+    assert (again.state.round, again.state.hash) == (4, alone.state.hash)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"samples": [[0, 10]]}, {"samples": [[20, 15]]}, {"samples": [["a", 9]]}, {"num_shards": 10**9},
+     {"compression": "rle"}, {"learning_rate": math.nan}, {"more": 1}],
+)  # fmt: skip
+def test_an_update_that_cannot_be_applied_changes_nothing(tmp_path, wrong):
+    files = make(tmp_path)
+    commit(files)
+    before, (good, data) = files.state.hash, made(files)
+    content = {**good.__dict__, **wrong}
+    path, metadata = tmp_path / update_name(1), {"commit": json.dumps(content), "before": before, "after": ""}
+    with safe_open(tmp_path / "updates" / update_name(0), "pt") as file:
+        save_file({"data": data[0]}, path, metadata | {"run": file.metadata()["run"]})
+    with pytest.raises(FILE_ERRORS):
+        files.read_update(path)
+    assert (files.state.hash, files.state._hash()) == (before, before)
+
+
+def test_a_state_of_another_form_changes_nothing(tmp_path):
+    files, source = make(tmp_path / "a"), make(tmp_path / "b")
+    commit(source)
+    source.serve_snapshot()
+    folder = tmp_path / "b" / f"{STATE}-00000001"
+    save_file({"weights": torch.zeros(3), "momentum": torch.zeros(3)}, folder / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"weights of shape \[3\], F32"):
+        files.load_snapshot(folder)
+    assert files.state.hash == make(tmp_path / "c").state.hash and not folder.exists()
 
 
 def test_a_checkpoint_that_was_named_is_not_followed_by_later_rounds(tmp_path):
