@@ -69,6 +69,11 @@ class PeersConfig:
         return mistakes
 
     @property
+    def lighthouses(self) -> list[str]:
+        """The addresses in --lighthouse."""
+        return [url.strip() for url in self.lighthouse.split(",")]
+
+    @property
     def compression(self) -> str:
         """How changes are sent; with `--sync-every 1`, gradients."""
         if self.outer_compression == "auto":

@@ -84,6 +84,11 @@ class Peers:
         """Returns the newest round that a peer has logged; 0: none."""
         return max((row["round"] for row in self.rounds(name)), default=0)
 
+    def round_of_event(self, name: str, event: str, about: str) -> int:
+        """Returns the first round that a peer has logged after its last event about another peer."""
+        found = [row for row in rows(self.folder / name, "event") if row["event"] == event and row["peer"] == about]
+        return next(row["round"] for row in self.rounds(name) if row["time"] >= found[-1]["time"])
+
     def wait_for_round(self, name: str, number: int, seconds: float = 90) -> dict:
         """Waits until a peer has logged a round from `number` on; returns its row."""
         running = self.running[name]

@@ -75,7 +75,7 @@ def running_lighthouse(port: int) -> Iterator[None]:
         until = time.monotonic() + LIGHTHOUSE_SECONDS
         while process.poll() is None and time.monotonic() < until and not is_listening(port):
             time.sleep(0.05)
-        if process.poll() is not None:
+        if not is_listening(port):
             raise UserError(f"the lighthouse on port {port} did not start; its own message gives the reason")
         yield
     finally:
@@ -113,7 +113,13 @@ def should_serve(urls: Sequence[str]) -> int:
         UserError: none of them is.
     """
     if len(urls) == 1:
-        return split_address(urls[0])[1]
+        host, port = split_address(urls[0])
+        if not is_own(host):
+            logger.warning(
+                f"--serve-lighthouse: {host} of --lighthouse is no address of this machine: the peers find its "
+                "lighthouse only if something forwards that address to it"
+            )
+        return port
     own_port, running = 0, ""
     for url in urls:
         host, port = split_address(url)

@@ -33,9 +33,11 @@ logger = logging.getLogger("forge")
 
 RESTART_SECONDS = 30.0  # how long a peer that starts again waits for those of the last round
 STATUS_SECONDS = 30.0  # between two lines about missing peers
+PAUSE_LIMIT_SECONDS = 300.0  # between two rounds, for what is not computing: after that, this peer is late
 PAUSE_SECONDS = 30.0  # after a download that has failed with --sync-every 1
 LINGER_SECONDS = 20.0  # how long a complete peer waits for one that was there and is late, and for the lighthouse
 DOWNLOAD_SECONDS = 40.0  # without a piece; after that a download has ended, or cannot go on
+LEAST_LATE_SECONDS = 1.5  # after the planned end of a short round: heartbeats do not tell a tenth of it
 RETRY_SECONDS = 0.5  # between two quorums while too few peers are there
 
 
@@ -71,7 +73,7 @@ class Peer:
 
     def __enter__(self) -> "Peer":
         config = self.config
-        urls = config.lighthouse.split(",")
+        urls = config.lighthouses
         with ExitStack() as contexts:
             if config.serve_lighthouse and (own_port := should_serve(urls)):
                 contexts.enter_context(running_lighthouse(own_port))
@@ -303,13 +305,20 @@ class Peer:
         return work.targets
 
     def expect(self, work: Work) -> None:
-        """Promises the others to ask for the next quorum in time; a peer that is later than that is not waited for."""
+        """Promises the others to ask for the next quorum in time; a peer that is later than that is not waited for.
+
+        Call it when the first step of a round begins.
+        """
         if not work.planned_seconds:
             self.membership.expect()
             return
         seconds = late_after(work.planned_seconds, self.config.late_seconds)
         if not self.config.late_seconds:  # a step that has begun is always computed
-            seconds = max(seconds, work.planned_seconds + self.step_seconds)
+            seconds = max(seconds, work.planned_seconds + max(self.step_seconds, LEAST_LATE_SECONDS))
+        self.membership.expect(seconds)
+
+    def expect_soon(self, seconds: float = PAUSE_LIMIT_SECONDS) -> None:
+        """Promises the same between two rounds, while files are written: a hanging disk does not stop the others."""
         self.membership.expect(seconds)
 
     def leave(self) -> None:
@@ -334,7 +343,8 @@ class Peer:
         self._others.failures = 0
 
     def _keep(self, write: Callable[[], None]) -> None:
-        """Writes files for others; a disk that is full is no reason to stop training."""
+        """Writes files for others; a disk that is full or hangs is no reason to stop training."""
+        self.expect_soon()
         try:
             write()
         except (OSError, SafetensorError) as error:
@@ -356,8 +366,10 @@ class Peer:
         if self.config.sync_every != 1:
             self.leave()  # they do not wait meanwhile
         logger.info(f"catching up from round {before} to round {source.round} with {source.name}")
-        if source.round == before and source.committed < self.facts(work).committed:
-            logger.warning(f"the {self.facts(work).committed:,} samples that this peer has trained alone do not count")
+        if before and source.round <= before:  # the same rounds would lead to the same state
+            logger.warning(
+                f"what this peer has trained without {source.name} does not count: {source.name} has trained more"
+            )
         had_work = bool(work.steps)
         own_hash = self.state.hash
         found = catch_up(self.files, self._meeting, ready, self._gives_up)

@@ -35,6 +35,7 @@ from forge_lib.training.run import Run
 logger = logging.getLogger("forge")
 
 WARM_UP_STEPS = 16  # of a peer that joins later: its inner optimizer begins without moments
+EVALUATION_LIMIT_SECONDS = 3600.0  # after that, the others go on without this peer
 SPEED_MEMORY = 0.7  # weight of the earlier steps in the measured seconds per step
 
 
@@ -133,8 +134,9 @@ class Rounds:
         if self._peer:
             restore_state(self._peer.files, saved, optimizers, self.config, self.run)
         copy_weights(self.run.accelerator, self.outer.flat.parameters)
+        has_checkpoint = self.run.step > 0  # and with it the moments of the inner optimizer
         self._meet()
-        self._joined_late = not saved and self.run.step > 0 and self.config.sync_every != 1
+        self._joined_late = not has_checkpoint and self.run.step > 0 and self.config.sync_every != 1
 
         def own_learning_rate(step: int) -> float:
             is_cold = self._joined_late and self._local_steps < WARM_UP_STEPS
@@ -249,7 +251,11 @@ class Rounds:
 
     def evaluate(self, model: nn.Module) -> None:
         """Evaluates the shared weights on the held-out blocks, divided among the peers that are present."""
+        if self._peer:
+            self._peer.expect_soon(EVALUATION_LIMIT_SECONDS)
         evaluate_parts(self.run, model, self._peer, self._work)
+        if self._peer:
+            self._peer.expect_soon()
 
     def finish(self) -> None:
         """Waits until the other peers have the complete run, too: a late one gets it from this peer."""
@@ -272,8 +278,12 @@ class Rounds:
         self._is_complete = decision.is_complete
         if decision.step != self.run.step:
             self.run.advance(decision.step, decision.since)
+        if not self._work.group_size and not decision.is_complete:  # this peer was asked to stop
+            self.run.stop(self.run.stop_request.reason() or "a stop request")
         if self._peer and self.run.stopped_by:
             self._peer.leave()
+        elif self._peer:
+            self._peer.expect_soon()
         if self._peer:
             self.run.extra_state["elastic"] = self._peer.state.describe()
             if self.run.must_save():
@@ -284,8 +294,6 @@ class Rounds:
                 self._log.committed(exchanged, done)
                 rate = self._schedule(min(self.run.step, self.run.inputs.plan.num_steps - 1))
                 self._log.round_done(self._peer, exchanged, ready, done, rate, self.run.step)
-        if not decision.work and not decision.is_complete:
-            self.run.stop(self.run.stop_request.reason() or "a stop request")
 
     def _decide(self, met: Met) -> Decision:
         ledger, plan = self._peer.state.ledger, self.run.inputs.plan

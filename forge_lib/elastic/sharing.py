@@ -37,7 +37,7 @@ class Shared:
 
     def describe(self) -> dict:
         """Returns the facts, and the files of each folder."""
-        return self.facts | {"folders": {name: files for name, (_, files) in self.folders.items()}}
+        return self.facts | {"folders": {name: files for name, (_, files) in dict(self.folders).items()}}
 
 
 class StateServer:
@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        words = [unquote(word) for word in self.path.split("/")[1:]]
+        words = [unquote(word) for word in self.path.removeprefix("/").split("/")]
         if words == ["facts"]:
             self._send(200, json.dumps(self.shared.describe()).encode())
             return
@@ -105,10 +105,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _send(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        try:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        except OSError:  # the other peer is gone
+            self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
         """Logs nothing: the peers' own lines say what happens."""

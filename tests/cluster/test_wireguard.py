@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from commands import QUIET, ROOT, SHORT, Running, until
+from commands import BIN, QUIET, ROOT, SHORT, Running, until
 from made_configs import make_configs, printed_commands
 from marked_processes import workers
 from networks import Hosts
-from run_folders import losses, wait_for_step
+from run_folders import losses, sha256, wait_for_step
 
 from forge_lib.process import is_running
 
@@ -258,3 +258,30 @@ def test_over_wireguard_losses_are_unchanged_and_nobody_else_reads_or_reaches_th
     assert not in_clear
     for path in (link, tunnel):  # a third of a gigabyte
         path.unlink()
+
+
+@pytest.mark.elastic
+@pytest.mark.netns
+@pytest.mark.timeout(600)
+def test_peers_train_over_wireguard_with_nothing_but_the_cluster_file(machines, start, tmp_path):
+    """The second machine has no data; the stranger reaches neither the lighthouse nor a peer."""
+    bring_up(machines, tmp_path)
+    link, running = tmp_path / "link.pcap", []
+    captured = capture(start, machines.on(2), "e0", link)
+    command = [BIN / "p2p-llm-forge", "--elastic", "--cluster", tmp_path / "cluster.yaml", "--min-peers", 2]
+    for n, more in ((1, []), (2, ["--dataset-path", tmp_path / "nothing"])):
+        words = [*command, *SHORT, *QUIET, "--max-steps", 2000, *more, "--output-dir", tmp_path / f"run{n}"]
+        running.append(start(words, prefix=[*machines.on(n), "env", "OMP_NUM_THREADS=1"]))
+    until(lambda: "round 3 " in running[1].log.read_text(), 120, "both train")
+    ports = {n: listening(machines.on(n)) for n in (1, 2)}
+    assert {29510, 29511, 29512} <= ports[1] and {29511, 29512} <= ports[2]
+    targets = {(address, port) for n in (1, 2) for address in addresses(machines, n) for port in ports[n]}
+    assert scan(machines.on(STRANGER), targets) == {(address, port) for address, port in targets if port == OPEN}
+    ended = [each.finish(240) for each in running]
+    assert [each.code for each in ended] == [0, 0], "\n\n".join(each.output for each in ended)
+    assert len({sha256(tmp_path / f"run{n}" / "final" / "model.safetensors") for n in (1, 2)}) == 1
+    captured.process.terminate()
+    assert captured.finish(20).code == 0
+    take_down(machines, tmp_path)
+    assert link.stat().st_size > 100_000 and not_wireguard(machines, link) == ""
+    link.unlink()

@@ -55,8 +55,9 @@ def test_others_commit_soon_after_a_kill_and_the_killed_peer_is_back_within_two_
     assert go_on(three, ["alder", "cedar"]) < 15
     assert three.rounds("alder")[-1]["tokens_lost"] > 0, "what birch had computed"
     three.start("birch")
-    three.wait_for_round("birch", three.last_round("alder") + 1)
+    back = three.wait_for_round("birch", three.last_round("alder") + 1)["round"]
     go_on(three, NAMES[:3])
+    assert back <= three.round_of_event("alder", "peer_joined", "birch") + 2
     three.stop(*NAMES[:3])
     three.check()
 
@@ -87,6 +88,7 @@ def test_the_lighthouse_is_killed_and_started_again(peers):
     assert "waiting for the lighthouse http://10.77.0.1:29510" in three.running["alder"].log.read_text()
     three.light = three.start_lighthouse()
     go_on(three, NAMES[:3])
+    assert "the lighthouse http://10.77.0.1:29510 is back after" in three.running["alder"].log.read_text()
     three.stop(*NAMES[:3])
     three.check()
 
@@ -161,6 +163,7 @@ def test_a_link_is_cut_for_20_seconds(peers):
     three.machines.heal(3)
     three.wait_for_round("cedar", three.last_round("alder") + 1)
     go_on(three, NAMES[:3])
+    assert "peer_lost" in three.events("alder") and "healed" in three.events("cedar")
     three.stop(*NAMES[:3])
     three.check()
 
@@ -205,6 +208,8 @@ def test_two_of_four_peers_are_cut_off_together_for_a_minute(peers):
     for number in (3, 4):
         four.machines.heal(number)
     go_on(four, NAMES)
+    assert four.events("alder").count("peer_lost") >= 2
+    assert all("healed" in four.events(name) for name in ("cedar", "doug"))
     four.stop(*NAMES)
     four.check()
 
@@ -216,8 +221,10 @@ def test_a_frozen_peer_wakes_and_a_stopped_one_ends_well(peers):
     three.running["birch"].process.send_signal(signal.SIGCONT)
     back = three.wait_for_round("birch", three.last_round("alder") + 1)
     assert back["tokens_lost"] > 0, "others went on without what it had computed"
-    three.stop("cedar")
-    go_on(three, ["alder", "birch"])
+    assert "peer_lost" in three.events("alder") and "healed" in three.events("birch")
+    three.running["cedar"].process.send_signal(signal.SIGTERM)
+    assert go_on(three, ["alder", "birch"]) < 15
+    three.finish("cedar")
     three.stop("alder", "birch")
     three.check()
 

@@ -23,7 +23,9 @@ def lingering(monkeypatch):
     def linger(quorums: list[list[Member]], served_seconds_ago: float) -> int:
         peer = Peer(peer_config(), lambda event, **facts: None, lambda: False)
         left = iter(quorums)
-        peer.membership = SimpleNamespace(quorum=lambda facts, gives_up: next(left), lost_at=0.0, leave=lambda: None)
+        peer.membership = SimpleNamespace(
+            quorum=lambda facts, gives_up: next(left), lost_at=0.0, leave=lambda: None, expect=lambda seconds: None
+        )
         peer.address = "10.77.0.1"
         peer.files = SimpleNamespace(serve_snapshot=lambda: None)
         peer.shared.served_at = time.monotonic() - served_seconds_ago
