@@ -13,8 +13,6 @@ import torch
 from forge_lib.elastic.flat import Shards
 from forge_lib.elastic.peer_group import PeerGroup
 
-HASH_BYTES = 16
-
 
 @dataclass(frozen=True)
 class Result:
@@ -73,10 +71,19 @@ def average(
     return Result(data, total - decoded, num_bytes)
 
 
-def all_gather_hash(group: PeerGroup, digest: bytes, timeout_seconds: float) -> list[bytes]:
-    """Returns the 16 bytes that each member gives. Call on all members; RuntimeError if a peer is lost."""
-    others = [rank for rank in range(group.size) if rank != group.rank]
-    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-    received = {rank: torch.empty(HASH_BYTES, dtype=torch.uint8) for rank in others}
-    group.transfer(dict.fromkeys(others, own), received, 3, timeout_seconds)
-    return [digest if rank == group.rank else received[rank].numpy().tobytes() for rank in range(group.size)]
+def have_equal_hash(group: PeerGroup, digest: bytes, timeout_seconds: float) -> bool:
+    """Returns whether all members give the same 16 bytes. Call on all members; RuntimeError if a peer is lost.
+
+    The messages are those of a dissemination barrier (Hensgen, Finkel, Manber 1988): in step k each member sends its
+    hash to the one that is 2^k places behind it. After log2(n) steps it has heard of all others, directly or not. A
+    member that has seen another hash sends zeros from then on.
+    """
+    own, other = torch.frombuffer(bytearray(digest), dtype=torch.uint8), torch.zeros(len(digest), dtype=torch.uint8)
+    is_equal, distance, tag = True, 1, 3
+    while distance < group.size:
+        received = torch.empty_like(own)
+        to, source = (group.rank + distance) % group.size, (group.rank - distance) % group.size
+        group.transfer({to: own if is_equal else other}, {source: received}, tag, timeout_seconds)
+        is_equal &= torch.equal(received, own)
+        distance, tag = 2 * distance, tag + 1
+    return is_equal

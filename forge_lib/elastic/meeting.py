@@ -217,7 +217,7 @@ class Meeting:
             error = self._owner_error[1]
         result = averaging.average(self._group, shards, sent, weights, error, timeout)
         digest = xxhash.xxh3_128_digest(b"".join([each.numpy().tobytes() for each in result.data]))
-        if set(averaging.all_gather_hash(self._group, digest, timeout)) != {digest}:
+        if not averaging.have_equal_hash(self._group, digest, timeout):
             raise RuntimeError("the peers have received different results")
         error = result.owner_error.mul_(self._decay(commit))
         if torch.isfinite(error).all():  # one sum that is not finite must not make all later ones so, too

@@ -366,7 +366,7 @@ class Peer:
         if self.config.sync_every != 1:
             self.leave()  # they do not wait meanwhile
         logger.info(f"catching up from round {before} to round {source.round} with {source.name}")
-        if before and source.round <= before:  # the same rounds would lead to the same state
+        if before and source.round <= before and self.config.sync_every != 1:  # rounds of another history
             logger.warning(
                 f"what this peer has trained without {source.name} does not count: {source.name} has trained more"
             )

@@ -43,6 +43,7 @@ class Commit:
         numbers = [commit.round, commit.num_shards, commit.num_targets, *itertools.chain(*commit.samples)]
         rates = [commit.learning_rate, commit.momentum]
         is_valid = commit.compression in CODECS and 1 <= commit.num_shards <= MAX_SHARDS
+        is_valid &= isinstance(commit.contributors, list)
         if not is_valid or not all(isinstance(each, int) for each in numbers) or not all(map(math.isfinite, rates)):
             raise ValueError("a field of the commit is not valid")
         return commit

@@ -187,7 +187,7 @@ class StateFiles:
         for path in self.folder.glob(f"{STATE}-*"):
             try:
                 description = json.loads((path / "state.json").read_bytes())
-                if description["identity"] != self._identity:
+                if description.get("identity") != self._identity:
                     logger.warning(f"{path} belongs to another run: it is removed")
                 elif (num_committed := _num_committed(description)) > most:
                     newest, most = path, num_committed

@@ -98,7 +98,7 @@ def test_of_two_histories_the_one_with_more_samples_is_taken_over_although_it_ha
 @pytest.mark.parametrize(
     "wrong",
     [{"samples": [[0, 10]]}, {"samples": [[20, 15]]}, {"samples": [["a", 9]]}, {"num_shards": 10**9},
-     {"compression": "rle"}, {"learning_rate": math.nan}, {"more": 1}],
+     {"compression": "rle"}, {"learning_rate": math.nan}, {"contributors": 1}, {"more": 1}],
 )  # fmt: skip
 def test_an_update_that_cannot_be_applied_changes_nothing(tmp_path, wrong):
     files = make(tmp_path)
