@@ -5,7 +5,7 @@
     python tests/elastic/measure_peers.py bytes --output artifacts/bytes.json
 
 Needs root and network namespaces. Each machine has one core; the model has 26 million parameters, a step has 4 x 256
-tokens. Nothing else should run meanwhile.
+tokens. Nothing else should run meanwhile. The exit code is 1 if a figure is not within its bounds.
 
 unequal  one of two peers gets a third of its core (a CPU quota): tokens/s, beside the sum of both alone.
 losses   the held-out loss of two such peers and of two equal ones, after the same number of tokens.
@@ -15,6 +15,7 @@ bytes    counted at the network interface: int4 and fp32, for two and for four p
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -80,6 +81,7 @@ def main() -> None:
     model = Path(tempfile.mkdtemp())
     write_model(sized_config(TINY, 512, 8, False), TINY, model)
     figures: dict = {}
+    failed: list[str] = []
 
     def add(name: str, found: object) -> None:
         figures[name] = found
@@ -87,15 +89,30 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(figures, indent=1))
 
+    def check(name: str, value: float, at_least: float, at_most: float = math.inf) -> None:
+        add(name, value)
+        if not at_least <= value <= at_most:
+            failed.append(name)
+            print(f"{name}: {value:.3f} is not between {at_least} and {at_most}", flush=True)
+
     if args.what == "bytes":
         for count, compression in itertools.product((2, 4), ("no", "int4")):
             flags = ["--sync-every", 10, "--outer-compression", compression]
             add(f"{count} peers, {compression}", asdict(measure_peers(model, DATA, 0, compression, count, flags)))
+        for count in (2, 4):
+            ratio = figures[f"{count} peers, int4"]["sent_bytes"] / figures[f"{count} peers, no"]["sent_bytes"]
+            check(f"{count} peers, bytes of int4 / fp32", ratio, 0.0, 0.14)
     elif args.what == "losses":
-        add("held-out loss, equal and unequal", [held_out_loss(model, share) for share in (1, SLOW)])
+        losses = [held_out_loss(model, share) for share in (1, SLOW)]
+        add("held-out loss, equal and unequal", losses)
+        check("held-out loss, unequal / equal", losses[1] / losses[0], 0.98, 1.02)
     else:
         add("tokens/s alone", [tokens_per_second_alone(model, share) for share in (1, SLOW)])
         add("together", speed_of_unequal_peers(model))
+        together, alone = figures["together"], sum(figures["tokens/s alone"])
+        check("tokens/s / sum of both alone", together["tokens_per_second"] / alone, 0.85)
+        check("utilization of the less utilized peer", min(together["utilization"]), 0.85)
+    sys.exit(len(failed) > 0)
 
 
 if __name__ == "__main__":
