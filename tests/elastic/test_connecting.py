@@ -81,3 +81,17 @@ def test_two_lighthouses_are_reported_but_not_one_with_two_addresses(lighthouses
         assert alder.quorum(facts, lambda: False)
         assert alder.find_other() == other
         until(lambda: f"two lighthouses run: {used} and {other}" in caplog.text, 60, "the warning")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("failed to connect to http://a:1: transport error: tcp connect error: Connection refused (os error 111)",
+         "Connection refused (os error 111)"),
+        ('status: Cancelled, message: "Timeout expired", details: [], metadata: MetadataMap { headers: {} }',
+         "Timeout expired"),
+        ("no lighthouse is named", "no lighthouse is named"),
+    ],
+)  # fmt: skip
+def test_of_the_messages_of_torchft_the_part_that_says_the_reason_is_logged(text, reason):
+    assert membership._reason(RuntimeError(text)) == reason
