@@ -32,7 +32,7 @@ class ForgeConfig(LaunchConfig, PeersConfig, TrainConfig):
                 f"--node-rank {self.node_rank} of --num-nodes {self.num_nodes}: machines are numbered from 0 to "
                 f"{self.num_nodes - 1}"
             )
-        if self.num_nodes > 1 and not self.master_addr:
+        if self.num_nodes > 1 and not self.master_addr and not self.elastic:
             mistakes.append(f"--num-nodes {self.num_nodes} needs --master-addr, the address of the main machine")
         return mistakes
 

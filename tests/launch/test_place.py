@@ -54,6 +54,12 @@ def test_flags_of_the_other_mode_are_refused(flags, message):
         parse_config(ForgeConfig, [*RUN, *flags])
 
 
+def test_a_number_of_nodes_with_elastic_is_one_mistake():
+    with pytest.raises(UserError) as caught:
+        parse_config(ForgeConfig, [*RUN, "--elastic", "--lighthouse", "http://10.77.0.1:29510", "--num-nodes", "2"])
+    assert str(caught.value).count("--num-nodes") == 1
+
+
 def test_a_lighthouse_on_an_unknown_machine_is_named(tmp_path):
     (tmp_path / "lab.yaml").write_text(LAB.replace("lighthouse: bob", "lighthouse: bab"))
     with pytest.raises(UserError, match="lighthouse is 'bab', expected alice, bob"):
