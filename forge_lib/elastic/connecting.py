@@ -41,7 +41,8 @@ def own_address(wanted: str, urls: Sequence[str]) -> str:
             address = route_address(host, port) if not wanted else _resolve(wanted, port)
             break
         except OSError as error:
-            failed = failed or f"this machine has no route to {name}: {error.strerror}; correct --lighthouse"
+            flag = "--peer-address" if wanted else "--lighthouse"
+            failed = failed or f"this machine has no route to {name}: {error.strerror}; correct {flag}"
     if not address:
         raise UserError(failed)
     is_local = host == "localhost" or host.startswith("127.") or host == "::1"

@@ -8,7 +8,7 @@ from commands import find_free_port, until
 from elastic_peers import peer_config
 
 from forge_lib.elastic import membership
-from forge_lib.elastic.connecting import find_unreachable, is_listening, should_serve
+from forge_lib.elastic.connecting import find_unreachable, is_listening, own_address, should_serve
 from forge_lib.elastic.membership import Membership, split_address
 from forge_lib.elastic.peer import Peer
 from forge_lib.elastic.peer_facts import Member, PeerFacts
@@ -55,6 +55,12 @@ def test_the_address_of_another_machine_is_reported_before_anything_is_connected
     message = rf"203\.0\.113\.1, port {free_port + 1} \(--peer-port \+ 1\), cannot be used"
     with pytest.raises(UserError, match=message), peer:
         pytest.fail("it has begun")
+
+
+@pytest.mark.parametrize(("wanted", "flag"), [("no-such.invalid", "--peer-address"), ("", "--lighthouse")])
+def test_a_name_without_an_address_is_reported_with_its_flag(wanted, flag):
+    with pytest.raises(UserError, match=f"no route to no-such.invalid: .*; correct {flag}$"):
+        own_address(wanted, ["http://no-such.invalid:29510"])
 
 
 @pytest.fixture
