@@ -67,6 +67,7 @@ class Peer:
         self._started_at = 0.0  # when this peer first met others
         self._has_trained = self._has_exchanged = False  # since its start
         self._behind: dict[str, int] = {}  # round by identifier, of the peers that had an older state
+        self._behind_at = 0.0  # when this peer, while it trained, last met one of them
         self._noted_at = -STATUS_SECONDS  # when the last line about missing peers was logged
         self._others = Others(config, report)
         self._contexts = ExitStack()
@@ -203,6 +204,7 @@ class Peer:
         behind = {member.id: member.facts.round for member in members if member not in ready}
         is_stuck = any(self._behind.get(name) == round for name, round in behind.items())
         self._note_behind(members, behind)
+        self._behind_at = time.monotonic() if behind else self._behind_at
         is_first = ready[0].id == self.membership.id
         if is_stuck or (is_first and any(map(self.files.needs_snapshot, behind.values()))):
             self._keep(self.files.serve_snapshot)
@@ -277,7 +279,8 @@ class Peer:
 
     def linger(self) -> None:
         """Serves a complete run until all living peers have it; waits for a late one as long as it comes nearer."""
-        until, seen, begun, is_noted = 0.0, set(), time.monotonic(), False
+        seen, begun, is_noted = set(), time.monotonic(), False
+        until = self._behind_at + DOWNLOAD_SECONDS  # one that was behind may pause after a failed download
 
         def gives_up() -> bool:
             lost_at = self.membership.lost_at
