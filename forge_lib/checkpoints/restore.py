@@ -129,13 +129,19 @@ def load(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
         optimizers: as they were saved.
 
     Raises:
-        UserError: names or shapes differ from those of model and optimizers, or a file cannot be read.
+        UserError: names or shapes differ from those of model and optimizers, a file cannot be read, or the run is one
+            of train_elastic.py, and this script is not.
     """
     try:
         weights, values = (load_file(path / name) for name in TENSOR_FILES)  # memory maps: each tensor is copied once
         state = read_json(path / "state.json")
     except DAMAGE as error:
         raise UserError(f"{path} cannot be loaded: {describe_error(error)}") from None
+    if "elastic" in state and not any(isinstance(each, CheckpointedOptimizer) for each in optimizers):
+        raise UserError(
+            f"{path} is of a run of train_elastic.py: continue it with that script, or name another --output-dir (and "
+            "the final model with --model-name)"
+        )
     parameters = trainable(model)
     _check_shapes(path / "model.safetensors", weights, {name: tuple(p.shape) for name, p in parameters.items()})
     _check_shapes(path / "optimizer.safetensors", values, _expected_shapes(optimizers, values))

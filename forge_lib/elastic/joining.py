@@ -51,9 +51,14 @@ def restore_state(
         run: of this peer.
 
     Raises:
-        UserError: a file is damaged.
+        UserError: a file is damaged, or the run cannot go on with --sync-every 1.
     """
     state = files.state
+    if saved and config.sync_every == 1 and run.saved_state("config")["sync_every"] != 1:
+        raise UserError(
+            "--sync-every 1 cannot continue this run: its peers have trained alone for some steps, so the moments of "
+            "their optimizers differ. Keep --sync-every, or name another --output-dir"
+        )
     if config.sync_every == 1:
         state.inner_optimizers = optimizers
     if saved and not state.load(saved):

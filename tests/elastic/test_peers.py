@@ -1,7 +1,9 @@
 """Peers of scripts/train_elastic.py: they keep equal weights, and survive losses and joiners."""
 
+import sys
+
 import pytest
-from elastic_peers import Peers
+from elastic_peers import FLAGS, Peers
 from run_folders import losses, rows, sha256
 
 
@@ -71,6 +73,18 @@ def test_a_peer_of_two_processes_trains_with_a_peer_of_one(peers, tmp_path):
     assert both.check() == list(range(61 * 8))
     assert [both.rounds(name)[-1]["num_processes"] for name in ("alder", "birch")] == [2, 1]
     assert final(tmp_path / "alder") == final(tmp_path / "birch")
+
+
+def test_a_run_with_rounds_is_not_continued_in_another_way(peers, start, tmp_path):
+    """Without rounds, the moments of its peers would have to be equal; train.py has no outer optimizer."""
+    one = peers("--sync-every", 10, "--max-steps", 20, "--checkpoint-every", 10)
+    one.start("alder", "--serve-lighthouse")
+    one.finish("alder")
+    ended = one.start("alder", "--serve-lighthouse", "--sync-every", 1, "--max-steps", 40).finish(60)
+    assert ended.code == 2 and "--sync-every 1 cannot continue this run" in ended.output
+    words = [sys.executable, "scripts/train.py", *FLAGS, "--max-steps", 40, "--output-dir", tmp_path / "alder"]
+    ended = start(words, warm=True).finish(60)
+    assert ended.code == 2 and "step-00000020 is of a run of train_elastic.py: continue it with that" in ended.output
 
 
 def test_averaging_every_gradient_follows_the_losses_of_train(peers, trained, tmp_path):
