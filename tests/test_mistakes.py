@@ -221,6 +221,7 @@ def test_different_data_or_flags_on_a_second_machine_are_named_on_both(start, tm
     flags = [flag.format(folder=tmp_path) for flag in flags]
     for ended in two_machines(start, tmp_path, free_port, [], flags):
         assert ended.code == 2, ended.output
+        assert ended.seconds < 30
         assert ended.output.count("error: ") == 1
         assert "(process 1) differs from" in ended.output
         assert message in ended.output
@@ -230,6 +231,7 @@ def test_every_process_of_a_machine_reports_the_mistake(run, tmp_path, free_port
     launcher = accelerate_launcher(tmp_path, free_port, num_processes=2)
     words = [*launcher, "scripts/train.py", *SHORT, *QUIET, "--output-dir", tmp_path / "run", "--batch-size", "7"]
     ended = run(words)
+    assert ended.seconds < 30
     assert "exitcode  : 2" in ended.output
     assert ended.output.count("--batch-size 7 cannot be divided among 2 processes") == 2
     assert "SIGTERM before" not in ended.output  # the launcher's signal to the process that ends last

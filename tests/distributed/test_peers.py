@@ -158,5 +158,6 @@ def test_a_mistake_on_one_machine_ends_both_with_its_message(start, tmp_path, fr
         assert each.code != 0
         assert "train.py: error: " in each.output
         assert "--dataset-path tests/conftest.py: unknown format; expected txt" in each.output
+        assert each.seconds < 30
     assert f"{socket.gethostname()} (process 1): --dataset-path" in ended[0].output
     assert not (tmp_path / "0" / "final").exists()

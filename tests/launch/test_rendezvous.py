@@ -21,11 +21,12 @@ def machine(rank: int, port: int, num_nodes: int = 2, address: str = "127.0.0.1"
 
 
 def assert_refused(ended: Finished, message: str) -> None:
-    """Checks for one message, exit code 2 and no traceback."""
+    """Checks for one message, exit code 2 and no traceback within 30 s."""
     assert ended.code == 2, ended.output
     assert ended.output.count("error: ") == 1, ended.output
     assert "Traceback" not in ended.output
     assert message in ended.output
+    assert ended.seconds < 30
 
 
 @contextlib.contextmanager

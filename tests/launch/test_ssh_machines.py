@@ -165,4 +165,5 @@ def test_a_machine_that_cannot_be_started_ends_all_with_one_message(lab, fault):
     assert ended.code == 2, ended.output
     assert message in ended.output
     assert ended.output.count("error: ") == (2 if fault == "host key" else 1), ended.output
+    assert ended.seconds < 30
     assert not lab.processes()

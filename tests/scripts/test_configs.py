@@ -80,6 +80,7 @@ def test_the_wizards_yaml_for_cpus_is_refused_and_works_with_the_named_fix(train
     assert yaml.safe_load(wizard_yaml.read_text())["distributed_type"] == "MULTI_CPU"
     folder, ended = train(*FLAGS, launcher=(*LAUNCH, wizard_yaml))
     assert ended.code != 0
+    assert ended.seconds < 30
     assert not (folder / "final").exists()
     fix = r"Change these two lines of the YAML:\n\s+(\S+): (\S+)\n\s+(\S+): (\S+)"
     lines = re.search(fix, ended.output).groups()
